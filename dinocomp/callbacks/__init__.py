@@ -1,0 +1,21 @@
+"""What happens around a training step, one event a file."""
+
+from dinocomp.callbacks.checkpoints import Checkpoints
+from dinocomp.callbacks.clip import ClipGradients
+from dinocomp.callbacks.evaluation import OnlineEvaluation
+from dinocomp.callbacks.metrics import Metrics
+from dinocomp.callbacks.pictures import FirstBatchPicture
+from dinocomp.callbacks.random_state import RestoreRandomState
+from dinocomp.callbacks.schedules import ApplySchedules
+from dinocomp.callbacks.teacher import UpdateTeacher
+
+__all__ = [
+    "ApplySchedules",
+    "Checkpoints",
+    "ClipGradients",
+    "FirstBatchPicture",
+    "Metrics",
+    "OnlineEvaluation",
+    "RestoreRandomState",
+    "UpdateTeacher",
+]

@@ -1,0 +1,116 @@
+"""Every few thousand steps, and at the end: what the teacher's features are worth."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from composer import Callback, Logger, State
+from composer.utils import dist
+
+from dinocomp.data import Images
+from dinocomp.evaluate import extract_features, knn_accuracy
+from dinocomp.method import DINOv2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabelledPair:
+    """Images whose labels are known, and images to guess them for."""
+
+    train: Images
+    val: Images
+
+
+class OnlineEvaluation(Callback):
+    """k-NN accuracy of the teacher on a labelled pair, and a copy of the teacher at each evaluation.
+
+    Args:
+        pair: what to classify; None evaluates nothing and only keeps the copies.
+        folder: gets `evaluation.jsonl` and, at each period, `evaluation/iteration-N/teacher.safetensors`.
+        period: iterations between evaluations.
+        at_start: evaluate the weights that the run starts from.
+        resize, crop: of the evaluation view, in pixels.
+        ks, temperature: see `knn_accuracy`.
+        export_teacher: writes the teacher, of an iteration, to a path.
+
+    Attributes:
+        accuracy: iteration -> {k: top-1 accuracy}, of this process and, from the file, of those before it.
+    """
+
+    def __init__(
+        self,
+        model: DINOv2,
+        pair: LabelledPair | None,
+        *,
+        folder: Path,
+        period: int,
+        at_start: bool,
+        resize: int,
+        crop: int,
+        ks: Sequence[int],
+        temperature: float,
+        batch_size: int,
+        num_workers: int,
+        autocast: torch.dtype | None,
+        export_teacher: Callable[[Path, int], None],
+    ) -> None:
+        self.model = model
+        self.pair = pair
+        self.folder = folder
+        self.path = folder / "evaluation.jsonl"
+        self.period = period
+        self.at_start = at_start
+        self.view = {"resize": resize, "crop": crop}
+        self.ks, self.temperature = ks, temperature
+        self.loading = {"batch_size": batch_size, "num_workers": num_workers, "autocast": autocast}
+        self.export_teacher = export_teacher
+        self.accuracy: dict[int, dict[int, float]] = {}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        finished = int(state.timestamp.batch)
+        self.accuracy = {i: a for i, a in _read(self.path).items() if i <= finished}
+        if self.at_start and finished == 0:
+            self._evaluate(0, logger)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        finished = int(state.timestamp.batch)
+        if finished % self.period == 0:
+            if dist.get_global_rank() == 0:
+                self.export_teacher(
+                    self.folder / "evaluation" / f"iteration-{finished:08d}" / "teacher.safetensors", finished
+                )
+            self._evaluate(finished, logger)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        finished = int(state.timestamp.batch)
+        if finished not in self.accuracy:
+            self._evaluate(finished, logger)
+
+    def _evaluate(self, iteration: int, logger: Logger) -> None:
+        if self.pair is None:
+            return
+        backbone = self.model.networks("teacher")["backbone"]
+        train, val = (
+            extract_features(backbone, images, normalize=self.model.normalize, **self.view, **self.loading)
+            for images in (self.pair.train, self.pair.val)
+        )
+        accuracy = knn_accuracy(train, val, ks=self.ks, temperature=self.temperature)
+        self.accuracy[iteration] = accuracy
+        logger.log_metrics({f"knn/top1_k{k}": value for k, value in accuracy.items()})
+        if dist.get_global_rank() == 0:
+            shown = "  ".join(f"k={k} {value:.1%}" for k, value in accuracy.items())
+            log.info("k-NN accuracy of the teacher at iteration %d: %s", iteration, shown)
+            lines = [json.dumps({"iteration": i, "knn_top1": a}) + "\n" for i, a in sorted(self.accuracy.items())]
+            self.path.write_text("".join(lines))
+
+
+def _read(path: Path) -> dict[int, dict[int, float]]:
+    """What earlier processes of the run measured."""
+    if not path.exists():
+        return {}
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {r["iteration"]: {int(k): value for k, value in r["knn_top1"].items()} for r in records}

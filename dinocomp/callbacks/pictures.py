@@ -1,0 +1,54 @@
+"""At the first batch: a picture of what the networks are shown."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from composer import Callback, Logger, State
+from composer.utils import dist
+from PIL import Image
+from torch import Tensor
+
+from dinocomp.data import Batch
+
+
+def batch_picture(batch: Batch, images: int = 8, tile: int = 112) -> Image.Image:
+    """One row an image: its two global crops, each plain and with its masked patches greyed, then its local crops.
+
+    Args:
+        batch: on the CPU.
+        images: rows at most.
+        tile: side of each crop in the picture, in pixels.
+    """
+    gap = 4
+    global_crops, local_crops, masks = batch["global_crops"], batch["local_crops"], batch["masks"]
+    rows = []
+    for globals_, locals_, mask in zip(global_crops[:images], local_crops[:images], masks[:images], strict=True):
+        tiles: list[Tensor] = []
+        for crop, crop_mask in zip(globals_, mask, strict=True):  # [3, G, G], [N]
+            side = round(len(crop_mask) ** 0.5)
+            hidden = F.interpolate(crop_mask.view(1, 1, side, side).float(), size=crop.shape[-2:])[0]  # [1, G, G]
+            tiles += [crop, torch.where(hidden > 0, torch.full_like(crop, 128), crop)]
+        tiles += list(locals_)
+        row = torch.full((3, tile + gap, len(tiles) * (tile + gap)), 255, dtype=torch.uint8)
+        for i, crop in enumerate(tiles):
+            resized = F.interpolate(crop[None].float(), size=(tile, tile), mode="nearest")[0]  # [3, tile, tile]
+            row[:, :tile, i * (tile + gap) : i * (tile + gap) + tile] = resized.to(torch.uint8)
+        rows.append(row)
+    return Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())
+
+
+class FirstBatchPicture(Callback):
+    """Writes `path` from the first batch that rank 0 sees, unless it is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done = False
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        if self.done or dist.get_global_rank() != 0:
+            return
+        self.done = True
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            batch_picture({name: field.cpu() for name, field in state.batch.items()}).save(self.path)

@@ -1,0 +1,182 @@
+"""Settings that run but are known to work badly, each with what to do instead."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dinocomp.config.derive import (
+    checkpoint_interval,
+    head_sizes,
+    images_per_iteration,
+    passes,
+    peak_learning_rate,
+    precision,
+    total_iterations,
+)
+from dinocomp.config.schema import Config
+
+_SECTIONS = {"dino_head": "dino", "ibot_head": "ibot"}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What is likely to go wrong, and what to type or do about it."""
+
+    what: str
+    remedy: str
+
+
+def warnings(config: Config, world_size: int, dataset_size: int | None) -> list[Advice]:
+    """Everything worth a warning before training.
+
+    Args:
+        world_size: training processes.
+        dataset_size: training images; None where they have not been counted.
+    """
+    found = [*_batch(config, world_size), *_losses(config), *_schedules(config, world_size)]
+    if dataset_size is not None:
+        found += _dataset(config, world_size, dataset_size)
+    return found
+
+
+def suggested_prototypes(dataset_size: int) -> int:
+    """A number of prototypes in proportion to the data: the power of two nearest below 1/16 of it, 512 to 65536.
+
+    A rule of thumb: 1.28 million images keep DINOv2's 65536, 20 thousand get 1024.
+    """
+    return min(max(1 << max((dataset_size // 16).bit_length() - 1, 0), 512), 65536)
+
+
+def _batch(config: Config, world_size: int) -> Iterator[Advice]:
+    images = images_per_iteration(config, world_size)
+    if images < 64:
+        yield Advice(
+            f"{images} images an iteration: targets and centres are estimated from too few images, "
+            "and the loss often stays flat",
+            "raise train.batch_size_per_gpu or the number of GPUs to 64 images or more; "
+            "otherwise watch the k-NN accuracy and lower optim.base_lr",
+        )
+    if config.train.batch_size_per_gpu == 1 and config.dino.koleo_loss_weight > 0:
+        yield Advice(
+            "one image on each process: KoLeo has no second image to keep it away from",
+            "type train.batch_size_per_gpu=2 or more, or recipes=[no_koleo]",
+        )
+    if config.ibot.loss_weight > 0 and int(2 * images * config.ibot.mask_sample_probability) < 1:
+        yield Advice(
+            f"ibot.mask_sample_probability={config.ibot.mask_sample_probability:g} of {2 * images} global crops "
+            "is none: no patch is ever masked",
+            f"raise it to at least {1 / (2 * images):.2g}, or switch the loss off with ibot.loss_weight=0",
+        )
+
+
+def _losses(config: Config) -> Iterator[Advice]:
+    if precision(config, on_gpu=True) == "fp16" and config.dino.koleo_loss_weight > 0:
+        yield Advice(
+            "fp16 with KoLeo: two almost equal features give gradients that fp16 cannot hold, and the step is skipped",
+            "type recipes=[bf16], or recipes=[fp16,no_koleo] on a GPU without bf16",
+        )
+    if config.dino.loss_weight == 0:
+        yield Advice(
+            "dino.loss_weight=0: iBOT or KoLeo alone is known to be unstable",
+            "keep dino.loss_weight=1, unless this is the experiment",
+        )
+    hottest = max(config.teacher.teacher_temp, config.teacher.warmup_teacher_temp)
+    if hottest >= config.dino.student_temp:
+        yield Advice(
+            f"teacher temperature {hottest:g} is not below the student's {config.dino.student_temp:g}: "
+            "targets say no more than predictions, and features collapse",
+            "type teacher.teacher_temp=0.07 teacher.warmup_teacher_temp=0.04 dino.student_temp=0.1",
+        )
+    if config.MODEL.WEIGHTS and config.student.pretrained_weights:
+        yield Advice(
+            "MODEL.WEIGHTS and student.pretrained_weights are both given: a checkpoint holds the backbone too",
+            "keep one of them",
+        )
+
+
+def _schedules(config: Config, world_size: int) -> Iterator[Advice]:
+    epochs, iterations = config.optim.epochs, total_iterations(config)
+    if config.optim.warmup_epochs == epochs:
+        yield Advice(
+            f"optim.warmup_epochs={epochs} is the whole run: the learning rate only rises",
+            f"type optim.warmup_epochs={epochs // 10}",
+        )
+    if config.optim.freeze_last_layer_epochs == epochs:
+        yield Advice(
+            f"optim.freeze_last_layer_epochs={epochs} is the whole run: the heads' last layer never learns",
+            "type optim.freeze_last_layer_epochs=0, or raise optim.epochs",
+        )
+    if config.teacher.warmup_teacher_temp_epochs > epochs and (
+        config.teacher.warmup_teacher_temp != config.teacher.teacher_temp
+    ):
+        yield Advice(
+            f"the teacher temperature warms up over {config.teacher.warmup_teacher_temp_epochs} official epochs, "
+            f"the run has {epochs}: {config.teacher.teacher_temp:g} is never reached",
+            f"type teacher.warmup_teacher_temp_epochs={epochs * 3 // 10}",
+        )
+    momentum = config.teacher.momentum_teacher
+    if momentum < 1 and 1 / (1 - momentum) > iterations / 4:
+        yield Advice(
+            f"teacher.momentum_teacher={momentum:g} averages over {1 / (1 - momentum):,.0f} iterations of a run of "
+            f"{iterations:,}: the teacher stays near its random start",
+            f"type teacher.momentum_teacher={max(1 - 20 / iterations, 0):.3f}, or train longer",
+        )
+    if momentum == 1:
+        yield Advice(
+            "teacher.momentum_teacher=1: the teacher never leaves its random start",
+            "type teacher.momentum_teacher=0.992",
+        )
+    if momentum > config.teacher.final_momentum_teacher:
+        yield Advice(
+            f"the teacher's momentum falls from {momentum:g} to {config.teacher.final_momentum_teacher:g}: "
+            "it follows the student ever more closely",
+            "type teacher.final_momentum_teacher=1.0",
+        )
+    peak = peak_learning_rate(config, world_size)
+    if config.optim.min_lr > peak:
+        yield Advice(
+            f"optim.min_lr={config.optim.min_lr:g} lies above the peak learning rate {peak:.3g}",
+            f"type optim.min_lr={peak / 1000:.1g}",
+        )
+    if checkpoint_interval(config) > iterations:
+        yield Advice(
+            f"the first checkpoint would come after {checkpoint_interval(config):,} iterations, "
+            f"the run has {iterations:,}: a run that is killed starts over",
+            "type checkpoint.save_frequency=1",
+        )
+
+
+def _dataset(config: Config, world_size: int, dataset_size: int) -> Iterator[Advice]:
+    images = images_per_iteration(config, world_size)
+    heads, fitting = head_sizes(config), suggested_prototypes(dataset_size)
+    if dataset_size < images:
+        yield Advice(
+            f"{dataset_size:,} images are fewer than one iteration takes ({images:,}): "
+            "a batch holds an image several times",
+            f"type train.batch_size_per_gpu={max(dataset_size // (2 * world_size), 1)} or less",
+        )
+    if dataset_size < 10_000:
+        scaled = all(head.prototypes <= fitting for head in heads.values())
+        sizes = " ".join(f"{_SECTIONS[name]}.head_n_prototypes={fitting}" for name in heads)
+        yield Advice(
+            f"{dataset_size:,} images are few: defaults were chosen for a million and more",
+            ("" if scaled else f"type recipes=[small_data] {sizes}, and ")
+            + "trust the k-NN accuracy on held-out images, not the loss",
+        )
+    for name, head in heads.items():
+        if head.prototypes > dataset_size:
+            yield Advice(
+                f"{head.prototypes:,} prototypes in {name} are more than the {dataset_size:,} images",
+                f"type {_SECTIONS[name]}.head_n_prototypes={fitting}",
+            )
+    count = passes(config, world_size, dataset_size)
+    if count > 1000:
+        fewer = max(config.optim.epochs * 300 // int(count), 1)
+        yield Advice(
+            f"{count:,.0f} passes over the data: most of that time is likely wasted",
+            f"type optim.epochs={fewer} (with shorter warm-ups), or find more images",
+        )
+    if count < 1:
+        yield Advice(
+            f"the run sees only {count:.0%} of the images",
+            f"type optim.epochs={-(-config.optim.epochs // max(count, 1e-9)):.0f} or more to see all of them once",
+        )

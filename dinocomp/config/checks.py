@@ -1,0 +1,116 @@
+"""Settings that cannot work together, each with what to change. What merely works badly is in advice.py."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dinocomp.config.derive import architecture, global_patches
+from dinocomp.config.schema import Config
+from dinocomp.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An impossible combination: the keys it is made of, and what to do about it."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+def problems(config: Config) -> list[Problem]:
+    """Every impossible combination in a configuration whose single values are all in range."""
+    return [*_network(config), *_losses(config), *_masks(config), *_lengths(config), *_crops(config), *_device(config)]
+
+
+def _network(config: Config) -> Iterator[Problem]:
+    try:
+        size = architecture(config.student)
+    except ConfigError as error:
+        yield Problem(("student.arch",), str(error))
+    else:
+        if size.embed_dim % size.num_heads:
+            yield Problem(
+                ("student.arch", "student.embed_dim", "student.num_heads"),
+                f"the width {size.embed_dim} does not divide into {size.num_heads} attention heads; "
+                f"change student.num_heads or student.embed_dim (64 a head is usual)",
+            )
+    patch = config.student.patch_size
+    sides = {"crops.global_crops_size": config.crops.global_crops_size}
+    if config.crops.local_crops_number > 0:
+        sides["crops.local_crops_size"] = config.crops.local_crops_size
+    for name, side in sides.items():
+        if side % patch:
+            below, above = side // patch * patch, (side // patch + 1) * patch
+            fits = " or ".join(f"{name}={value}" for value in (below, above) if value)
+            yield Problem((name, "student.patch_size"), f"patches of {patch} px do not tile {side} px; type {fits}")
+
+
+def _losses(config: Config) -> Iterator[Problem]:
+    weights = ("dino.loss_weight", "ibot.loss_weight", "dino.koleo_loss_weight")
+    if config.dino.loss_weight == config.ibot.loss_weight == config.dino.koleo_loss_weight == 0:
+        yield Problem(weights, "nothing is left to train on; give at least one of them a weight above 0")
+
+
+def _masks(config: Config) -> Iterator[Problem]:
+    if config.ibot.loss_weight == 0:
+        return
+    least, largest = config.ibot.mask_ratio_min_max
+    if least > largest:
+        yield Problem(
+            ("ibot.mask_ratio_min_max",), f"the least comes first; type ibot.mask_ratio_min_max=[{largest:g},{least:g}]"
+        )
+    if config.ibot.mask_sample_probability == 0:
+        yield Problem(
+            ("ibot.mask_sample_probability", "ibot.loss_weight"),
+            "no crop would ever be masked; raise the probability, or switch the loss off with ibot.loss_weight=0",
+        )
+    patches = global_patches(config)
+    if int(patches * largest) < 1:
+        yield Problem(
+            ("ibot.mask_ratio_min_max", "crops.global_crops_size", "student.patch_size"),
+            f"of {patches} patches none is ever masked; raise the largest ratio to {1 / max(patches, 1):.2g} or more",
+        )
+
+
+def _lengths(config: Config) -> Iterator[Problem]:
+    epochs = config.optim.epochs
+    if config.optim.warmup_epochs > epochs:
+        yield Problem(
+            ("optim.warmup_epochs", "optim.epochs"),
+            f"the warm-up is longer than the run; type optim.warmup_epochs={epochs // 10}, or raise optim.epochs",
+        )
+    if config.optim.freeze_last_layer_epochs > epochs:
+        yield Problem(
+            ("optim.freeze_last_layer_epochs", "optim.epochs"),
+            "the last layer is frozen beyond the end; lower optim.freeze_last_layer_epochs or raise optim.epochs",
+        )
+
+
+def _crops(config: Config) -> Iterator[Problem]:
+    crops = config.crops
+    pairs = {
+        "global_crops_scale": crops.global_crops_scale,
+        "local_crops_scale": crops.local_crops_scale,
+        "aspect_ratio": crops.aspect_ratio,
+        "blur_sigma": crops.blur_sigma,
+    }
+    for name, (least, largest) in pairs.items():
+        if least > largest:
+            yield Problem((f"crops.{name}",), f"the least comes first; type crops.{name}=[{largest:g},{least:g}]")
+    if crops.blur_kernel_size % 2 == 0:
+        yield Problem(
+            ("crops.blur_kernel_size",),
+            f"the kernel needs a middle; type crops.blur_kernel_size={crops.blur_kernel_size + 1}",
+        )
+    if not config.evaluation.knn_k:
+        yield Problem(("evaluation.knn_k",), "name at least one number of neighbours; type evaluation.knn_k=[20]")
+
+
+def _device(config: Config) -> Iterator[Problem]:
+    if config.train.device == "cpu" and config.performance.precision == "fp16":
+        yield Problem(
+            ("performance.precision", "train.device"), "a CPU cannot train in fp16; type performance.precision=fp32"
+        )
+    if config.train.device == "cpu" and config.performance.attention == "xformers":
+        yield Problem(
+            ("performance.attention", "train.device"), "xformers needs a GPU; type performance.attention=sdpa"
+        )

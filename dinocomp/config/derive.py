@@ -1,0 +1,137 @@
+"""What follows from a configuration: iterations, learning rate, sizes, precision. Pure functions, told once."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dinocomp.config.files import did_you_mean
+from dinocomp.config.schema import Config, Student
+from dinocomp.errors import ConfigError
+
+# arch -> (token width, blocks, attention heads); Vision Transformer sizes S, B, L and DINOv2's giant2.
+ARCHITECTURES: dict[str, tuple[int, int, int]] = {
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+    "vit_giant2": (1536, 40, 24),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Size of a vision transformer. Unpacks as (embed_dim, depth, num_heads, mlp_ratio)."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.embed_dim, self.depth, self.num_heads, self.mlp_ratio))
+
+
+@dataclass(frozen=True)
+class HeadSize:
+    """Arguments of one projection head, besides the token width."""
+
+    prototypes: int
+    bottleneck: int
+    layers: int
+    hidden: int
+
+
+def total_iterations(config: Config) -> int:
+    """Optimizer steps of the whole run: official epochs times their length."""
+    return config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
+
+
+def images_per_iteration(config: Config, world_size: int) -> int:
+    """The global batch: images of one optimizer step over all processes."""
+    return config.train.batch_size_per_gpu * world_size
+
+
+def passes(config: Config, world_size: int, dataset_size: int) -> float:
+    """How many times the run sees each of `dataset_size` images."""
+    return total_iterations(config) * images_per_iteration(config, world_size) / dataset_size
+
+
+def peak_learning_rate(config: Config, world_size: int) -> float:
+    """`optim.lr` where it is given, else base_lr * sqrt(global batch / 1024) (the reference's `sqrt_wrt_1024`)."""
+    if config.optim.lr > 0:
+        return config.optim.lr
+    return config.optim.base_lr * math.sqrt(images_per_iteration(config, world_size) / 1024)
+
+
+def checkpoint_interval(config: Config) -> int:
+    """Iterations between checkpoints."""
+    return config.checkpoint.save_frequency * config.train.OFFICIAL_EPOCH_LENGTH
+
+
+def evaluation_crop(config: Config) -> tuple[int, int]:
+    """Pixels (shorter side after resizing, centre crop) for evaluation: 256 and 224 at the default crop size."""
+    size = config.crops.global_crops_size
+    return round(size * 256 / 224), size
+
+
+def global_patches(config: Config) -> int:
+    """Patches of a global crop."""
+    return (config.crops.global_crops_size // config.student.patch_size) ** 2
+
+
+def architecture(student: Student) -> Architecture:
+    """Size of the network: that of the named arch, each number replaced where the configuration gives its own.
+
+    Raises:
+        ConfigError: an unknown arch, or `custom` without all three of its sizes.
+    """
+    name = student.arch.removesuffix("_memeff")
+    given = (student.embed_dim, student.depth, student.num_heads)
+    if name == "custom":
+        names = ("embed_dim", "depth", "num_heads")
+        missing = [f"student.{key}" for key, value in zip(names, given, strict=True) if value is None]
+        if missing:
+            raise ConfigError(f"student.arch=custom needs {', '.join(missing)}; give whole numbers")
+        sizes = given
+    elif name in ARCHITECTURES:
+        sizes = tuple(a if b is None else b for a, b in zip(ARCHITECTURES[name], given, strict=True))
+    else:
+        known = [*ARCHITECTURES, "custom"]
+        raise ConfigError(f"no arch {student.arch!r}; expected one of {', '.join(known)}.{did_you_mean(name, known)}")
+    return Architecture(*sizes, student.mlp_ratio)
+
+
+def head_sizes(config: Config) -> dict[str, HeadSize]:
+    """The heads of a run: `dino_head` for DINO and for iBOT that shares it, `ibot_head` for iBOT that does not."""
+    dino, ibot = config.dino, config.ibot
+    ibot_on = ibot.loss_weight > 0
+    heads = {}
+    if dino.loss_weight > 0 or (ibot_on and not ibot.separate_head):
+        heads["dino_head"] = HeadSize(
+            dino.head_n_prototypes, dino.head_bottleneck_dim, dino.head_nlayers, dino.head_hidden_dim
+        )
+    if ibot_on and ibot.separate_head:
+        heads["ibot_head"] = HeadSize(
+            ibot.head_n_prototypes, ibot.head_bottleneck_dim, ibot.head_nlayers, ibot.head_hidden_dim
+        )
+    return heads
+
+
+def precision(config: Config, on_gpu: bool) -> str:
+    """The compute type of the whole model: `fp32`, `bf16` or `fp16`.
+
+    `auto` is fp32 on a CPU. On a GPU it is bf16, or fp32 where the student backbone's `param_dtype` says so: fp16 there
+    is the reference's default, not a wish.
+
+    Raises:
+        ConfigError: fp16 on a CPU, which cannot train in it.
+    """
+    wanted = config.performance.precision
+    if wanted == "fp16" and not on_gpu:
+        raise ConfigError(
+            "performance.precision=fp16 needs a GPU. Type performance.precision=fp32 to train on this CPU."
+        )
+    if wanted != "auto":
+        return wanted
+    asked = config.compute_precision.student.backbone.mixed_precision.param_dtype
+    return "fp32" if asked == "fp32" or not on_gpu else "bf16"

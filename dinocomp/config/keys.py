@@ -1,0 +1,149 @@
+"""How a key of the configuration is declared (`key`, `section`), listed (`walk`) and read (`convert`)."""
+
+import math
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: its dotted name, annotation, default, one line of meaning, and the values it takes.
+
+    `minimum` and `maximum` are allowed values themselves, `above` and `below` are not; on a list they bound each item.
+    A key with `no_longer` is accepted for the sake of existing files but changes nothing; the text says why.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    meaning: str
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    no_longer: str = ""
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    choices: Sequence[str] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    no_longer: str = "",
+) -> Any:
+    """Declare a key of a configuration dataclass; see `Key` for the arguments."""
+    metadata = {
+        "meaning": meaning,
+        "choices": tuple(choices),
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "below": below,
+        "no_longer": no_longer,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def section(factory: Any, meaning: str) -> Any:
+    """Declare a nested group of keys, made by `factory()`."""
+    return field(default_factory=factory, metadata={"meaning": meaning})
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[Key]:
+    """Yield every key under a configuration dataclass in order, with that instance's values as `default`."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from walk(value, f"{prefix}{item.name}.")
+        else:
+            yield Key(f"{prefix}{item.name}", item.type, value, **item.metadata)
+
+
+def walk_sections(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, meaning) of every group of keys under a configuration dataclass, outer ones first."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield f"{prefix}{item.name}", item.metadata["meaning"]
+            yield from walk_sections(value, f"{prefix}{item.name}.")
+
+
+def _inner(annotation: Any) -> tuple[Any, bool]:
+    """`T | None` -> (T, True); anything else -> (itself, False)."""
+    if isinstance(annotation, types.UnionType):
+        return next(a for a in annotation.__args__ if a is not types.NoneType), True
+    return annotation, False
+
+
+_TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+
+
+def type_name(annotation: Any) -> str:
+    """The annotation in words, as shown in errors and tables: `whole number`, `number or null`, `list of 2 numbers`."""
+    inner, optional = _inner(annotation)
+    if typing.get_origin(inner) is tuple:
+        items = typing.get_args(inner)
+        count = "" if items[-1] is Ellipsis else f"{len(items)} "
+        return f"list of {count}{_TYPE_NAMES[items[0]]}{'' if items[0] is str else 's'}"
+    return f"{_TYPE_NAMES[inner]} or null" if optional else _TYPE_NAMES[inner]
+
+
+def convert(value: Any, annotation: Any) -> Any:
+    """Return `value` as the annotated type, without guessing: only int -> float and list -> tuple are conversions.
+
+    Raises:
+        TypeError: the value does not fit; the text is what was expected.
+    """
+    inner, optional = _inner(annotation)
+    if value is None and optional:
+        return None
+    if typing.get_origin(inner) is tuple:
+        items = typing.get_args(inner)
+        if not isinstance(value, list | tuple) or (items[-1] is not Ellipsis and len(value) != len(items)):
+            raise TypeError(type_name(annotation))
+        try:
+            return tuple(convert(item, items[0]) for item in value)
+        except TypeError as error:
+            raise TypeError(type_name(annotation)) from error
+    if inner is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not inner:
+        raise TypeError(type_name(annotation))
+    if inner is float and not math.isfinite(value):
+        raise TypeError("finite number")
+    return value
+
+
+def range_text(spec: Key) -> str:
+    """The values a key takes in words: `one of a, b`, `at least 0, below 1`, or nothing where any will do."""
+    if spec.choices:
+        return "one of " + ", ".join(spec.choices)
+    words = {"at least": spec.minimum, "above": spec.above, "at most": spec.maximum, "below": spec.below}
+    return ", ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+
+
+def out_of_range(spec: Key, value: Any) -> bool:
+    """Whether a value of the right type lies outside what the key takes. `None` never does."""
+    items = value if isinstance(value, tuple) else (value,)
+    for item in items:
+        if spec.choices and item not in spec.choices:
+            return True
+        if isinstance(item, bool) or not isinstance(item, int | float):
+            continue
+        too_small = (spec.minimum is not None and item < spec.minimum) or (
+            spec.above is not None and item <= spec.above
+        )
+        too_large = (spec.maximum is not None and item > spec.maximum) or (
+            spec.below is not None and item >= spec.below
+        )
+        if too_small or too_large:
+            return True
+    return False

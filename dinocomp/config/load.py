@@ -1,0 +1,292 @@
+"""One checked `Config` from defaults <- YAML <- recipes <- command line, each laid over the one before."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml as pyyaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinocomp.config import checks
+from dinocomp.config.files import did_you_mean, find, nearest
+from dinocomp.config.keys import Key, convert, out_of_range, range_text, walk
+from dinocomp.config.overrides import Words, parse
+from dinocomp.config.schema import Config
+from dinocomp.errors import ConfigError
+
+COMMAND_LINE = "command line"
+_STUDENT_DTYPE = "compute_precision.student.backbone.mixed_precision.param_dtype"
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A checked configuration and how it came about.
+
+    Attributes:
+        config: every key's value.
+        notices: one line for each key that was set but no longer does anything, and for other things worth saying.
+        origin: dotted key -> where it was set; keys left at their default are absent.
+        recipes: names of the recipes applied, in order.
+    """
+
+    config: Config
+    notices: list[str]
+    origin: dict[str, str]
+    recipes: list[str]
+
+
+@functools.cache
+def all_keys() -> Mapping[str, Key]:
+    """Every key of the schema by dotted name, in order."""
+    return {spec.name: spec for spec in walk(Config())}
+
+
+def load_config(yaml: str | None, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read a run.
+
+    Args:
+        yaml: a path, or the name of a shipped YAML (`vits16`); None for defaults only.
+        overrides: `key=value` words; `recipes=[a,b]` adds recipes after those that the YAML lists.
+
+    Raises:
+        ConfigError: everything that is wrong with the run, together.
+    """
+    merge = _Merge()
+    recipes: list[str] = []
+    if yaml is not None:
+        recipes += merge.add_run(yaml)
+    words = parse(overrides)
+    recipes += merge.recipe_names(words.recipes, COMMAND_LINE)
+    for name in recipes:
+        merge.add_recipe(name)
+    merge.problems += words.problems
+    merge.add_words(words)
+    config = merge.build()
+    return LoadedConfig(config, _notices(config, merge.origin), merge.origin, recipes)
+
+
+def read_yaml(path: Path, label: str) -> dict[str, Any]:
+    """Return a YAML file as nested dictionaries, interpolations unresolved.
+
+    Raises:
+        ConfigError: not readable as YAML, a key given twice, empty, or not a mapping at the top.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        loaded = OmegaConf.create(text)
+        tree = OmegaConf.to_container(loaded, resolve=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{label}: cannot be read as text: {error}") from error
+    except pyyaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{label}{line}: {error.problem or error.context}. Mend the YAML there.") from error
+    except (pyyaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{label}: not a configuration: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{label}: the top of the file is a list; sections such as `train:` were expected.")
+    if not tree:
+        raise ConfigError(f"{label}: the file says nothing. Sections such as `train:` were expected.")
+    if list(tree.values()) == [None] and ":" not in text:
+        raise ConfigError(
+            f"{label}: the file is plain text {text.strip()[:40]!r}; sections such as `train:` were expected."
+        )
+    return tree
+
+
+class _Merge:
+    """Layers laid over the defaults, with where each value came from and everything found wrong on the way."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {name: _plain(spec.default) for name, spec in all_keys().items()}
+        self.origin: dict[str, str] = {}
+        self.problems: list[str] = []
+
+    def recipe_names(self, value: Any, label: str) -> list[str]:
+        """Read a `recipes` value: one name or a list of names."""
+        names = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else value
+        if names is None:
+            return []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            self.problems.append(
+                f"recipes = {value!r} ({label}): expected a name or a list of names, like [registers,bf16]"
+            )
+            return []
+        return names
+
+    def add_run(self, name: str) -> list[str]:
+        """Lay a run's YAML over what there is; return the recipes it asks for."""
+        try:
+            path, label = find(name, "yamls")
+            tree = read_yaml(path, label)
+        except ConfigError as error:
+            self.problems.append(str(error))
+            return []
+        names = self.recipe_names(tree.pop("recipes", None), label)
+        self.add_tree(tree, label)
+        return names
+
+    def add_recipe(self, name: str) -> None:
+        try:
+            path, label = find(name, "recipes")
+            tree = read_yaml(path, label)
+        except ConfigError as error:
+            self.problems.append(str(error))
+            return
+        if "recipes" in tree:
+            self.problems.append(
+                f"recipes = {tree.pop('recipes')!r} ({label}): a recipe cannot ask for recipes; "
+                "list them all in recipes=[...]"
+            )
+        self.add_tree(tree, f"recipe {path.stem} ({label})")
+
+    def add_words(self, words: Words) -> None:
+        for name, value in words.values.items():
+            spec = all_keys().get(name)
+            # On a command line nobody quotes twice: a folder called 2024 is a name, and nothing at all is ''.
+            if spec is not None and spec.annotation is str and (type(value) in (int, float) or words.texts[name] == ""):
+                value = words.texts[name]
+            self.add(name, value, COMMAND_LINE)
+
+    def add_tree(self, tree: Mapping[Any, Any], label: str) -> None:
+        for name, value in tree.items():
+            self.add_child("", name, value, label)
+
+    def add_child(self, prefix: str, name: Any, value: Any, label: str) -> None:
+        """Set one key of a file's section; a dotted one could quietly contradict the nested one."""
+        if "." in str(name):
+            self.problems.append(
+                f"{prefix}{name} ({label}): write each section of it as a level of its own, without dots"
+            )
+        else:
+            self.add(f"{prefix}{name}", value, label)
+
+    def add(self, name: str, value: Any, label: str) -> None:
+        """Set the key `name`, or every key below it where it is a section."""
+        is_section = any(known.startswith(f"{name}.") for known in all_keys())
+        if name in all_keys():
+            self.values[name] = value
+            self.origin[name] = label
+        elif isinstance(value, dict) and (is_section or value):
+            for child, inner in value.items():
+                self.add_child(f"{name}.", child, inner, label)
+        elif is_section:
+            if value is not None:
+                inside = [known for known in all_keys() if known.startswith(f"{name}.")]
+                self.problems.append(
+                    f"{name} = {value!r} ({label}): {name} is a section; set a key in it, such as {inside[0]}"
+                )
+        else:
+            self.problems.append(f"{name} = {value!r} ({label}): no such key.{_suggest(name)}")
+
+    def build(self) -> Config:
+        """Resolve interpolations, check types, ranges and combinations; raise everything wrong at once."""
+        tree = OmegaConf.create(_nest(self.values))
+        values: dict[str, Any] = {}
+        for name, spec in all_keys().items():
+            where = self.origin.get(name, "default")
+            try:
+                raw = _plain(OmegaConf.select(tree, name, throw_on_resolution_failure=True, throw_on_missing=True))
+            except OmegaConfBaseException as error:
+                self.problems.append(f"{name} = {self.values[name]!r} ({where}): {str(error).splitlines()[0]}")
+                continue
+            try:
+                values[name] = convert(raw, spec.annotation)
+            except TypeError as error:
+                self.problems.append(f"{name} = {raw!r} ({where}): expected {error}{_hint(raw, spec)}")
+                continue
+            if out_of_range(spec, values[name]):
+                self.problems.append(
+                    f"{name} = {raw!r} ({where}): expected {range_text(spec)}{_choice_hint(raw, spec)}"
+                )
+        if not self.problems:
+            config = _assemble(Config(), values)
+            for problem in checks.problems(config):
+                settings = ", ".join(
+                    f"{name} = {_plain(values[name])!r} ({self.origin.get(name, 'default')})" for name in problem.keys
+                )
+                self.problems.append(f"{settings}: {problem.message}")
+        if self.problems:
+            raise ConfigError(_report(self.problems))
+        return config
+
+
+def _report(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
+def _suggest(name: str) -> str:
+    if name.lstrip("+~") in all_keys():
+        return f" Write {name.lstrip('+~')}."
+    return did_you_mean(name, all_keys()) or " `dinocomp plan YAML --full` lists every key."
+
+
+def _hint(raw: Any, spec: Key) -> str:
+    """What commonly went wrong for a value of the wrong type."""
+    if isinstance(raw, str) and spec.annotation is bool and raw.lower() in ("1", "0", "true", "false", "yes", "no"):
+        return " (without quotes)"
+    if isinstance(raw, float) and raw.is_integer() and spec.annotation is int:
+        return f"; write {int(raw)}"
+    if raw is None:
+        return "; null is not a value here" + (", '' is the empty one" if spec.annotation is str else "")
+    if spec.annotation is str:
+        return " (in quotes)"
+    return ""
+
+
+def _choice_hint(raw: Any, spec: Key) -> str:
+    names = nearest(raw, spec.choices, 1) if isinstance(raw, str) and spec.choices else []
+    return f". Did you mean {names[0]}?" if names else ""
+
+
+def _plain(value: Any) -> Any:
+    """Tuples and OmegaConf nodes as plain lists and dictionaries."""
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} -> {"a": {"b": 1}}."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _assemble(defaults: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """A copy of a configuration dataclass with values by dotted name."""
+    changes = {}
+    for item in fields(defaults):
+        name, value = f"{prefix}{item.name}", getattr(defaults, item.name)
+        changes[item.name] = _assemble(value, values, f"{name}.") if is_dataclass(value) else values[name]
+    return replace(defaults, **changes)
+
+
+def _notices(config: Config, origin: Mapping[str, str]) -> list[str]:
+    """One line for each key that differs from its default but does nothing, and for what is taken in another way."""
+    lines = []
+    for spec in walk(config):
+        if spec.no_longer and spec.default != all_keys()[spec.name].default:
+            lines.append(f"{spec.name}={spec.default} ({origin[spec.name]}) changes nothing: {spec.no_longer}")
+    asked, name = config.compute_precision.student.backbone.mixed_precision.param_dtype, _STUDENT_DTYPE
+    if asked != all_keys()[name].default:
+        wanted = config.performance.precision
+        effect = (
+            "is for the whole model" if wanted == "auto" else f"changes nothing: performance.precision={wanted} is set"
+        )
+        lines.append(f"{name}={asked} ({origin[name]}) {effect}")
+    if config.optim.lr > 0:
+        lines.append(
+            f"optim.lr={config.optim.lr:g} ({origin['optim.lr']}) is taken as it stands: "
+            "optim.base_lr and optim.scaling_rule are unused"
+        )
+    return lines

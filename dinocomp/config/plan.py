@@ -1,0 +1,129 @@
+"""What a run would be, in words, before any of it is done."""
+
+from collections.abc import Mapping
+
+from dinocomp.config.advice import warnings
+from dinocomp.config.derive import (
+    architecture,
+    checkpoint_interval,
+    global_patches,
+    images_per_iteration,
+    passes,
+    peak_learning_rate,
+    precision,
+    total_iterations,
+)
+from dinocomp.config.keys import walk
+from dinocomp.config.load import LoadedConfig, all_keys
+
+
+def describe(
+    loaded: LoadedConfig,
+    world_size: int,
+    dataset_size: int | None,
+    parameters: Mapping[str, int],
+    *,
+    full: bool = False,
+    dataset_note: str = "",
+) -> str:
+    """Return the plan of a run as text.
+
+    Args:
+        world_size: training processes.
+        dataset_size: training images; None where they have not been counted, with the reason in `dataset_note`.
+        parameters: trained parameters by network ("backbone", "dino_head", "ibot_head").
+        full: list every key, not only those that differ from their default.
+    """
+    blocks = [
+        ("Settings" if full else "Settings that differ from the defaults", _settings(loaded, full)),
+        ("The run", _table(_numbers(loaded, world_size, dataset_size, parameters, dataset_note))),
+    ]
+    if loaded.notices:
+        blocks.append(("Notices", loaded.notices))
+    advice = warnings(loaded.config, world_size, dataset_size)
+    if advice:
+        blocks.append(("Warnings", [line for item in advice for line in (f"! {item.what}", f"  -> {item.remedy}")]))
+    return "\n\n".join(title + "\n" + "\n".join(f"  {line}" for line in lines) for title, lines in blocks) + "\n"
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def show(value: object) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, tuple):
+        return "[" + ",".join(show(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:.6g}" if isinstance(value, float) else str(value) if value != "" else "''"
+
+
+def _settings(loaded: LoadedConfig, full: bool) -> list[str]:
+    defaults = all_keys()
+    rows = [
+        (spec.name, show(spec.default), loaded.origin.get(spec.name, "default"))
+        for spec in walk(loaded.config)
+        if full or spec.default != defaults[spec.name].default
+    ]
+    if loaded.recipes:
+        rows.insert(0, ("recipes", show(tuple(loaded.recipes)), "applied in this order"))
+    return _table(rows) if rows else ["none"]
+
+
+def _numbers(
+    loaded: LoadedConfig, world_size: int, dataset_size: int | None, parameters: Mapping[str, int], dataset_note: str
+) -> list[tuple[str, str]]:
+    config = loaded.config
+    train, optim = config.train, config.optim
+    iterations, images = total_iterations(config), images_per_iteration(config, world_size)
+    size = architecture(config.student)
+    rows = [
+        ("iterations", f"{iterations:,} ({optim.epochs} official epochs of {train.OFFICIAL_EPOCH_LENGTH:,})"),
+        (
+            "images an iteration",
+            f"{images:,} ({train.batch_size_per_gpu} on each of {world_size} process{'es' * (world_size > 1)})",
+        ),
+        ("images an official epoch", f"{images * train.OFFICIAL_EPOCH_LENGTH:,}"),
+        ("images in the run", f"{images * iterations:,}"),
+    ]
+    if dataset_size is None:
+        rows.append(("dataset", f"not counted{': ' + dataset_note if dataset_note else ''}"))
+    else:
+        share = images * train.OFFICIAL_EPOCH_LENGTH / dataset_size
+        rows.append(("dataset", f"{dataset_size:,} images; an official epoch takes {100 * share:.3g} % of them"))
+        rows.append(("passes over the dataset", f"{passes(config, world_size, dataset_size):.3g}"))
+    peak = peak_learning_rate(config, world_size)
+    rule = "optim.lr as it stands" if optim.lr > 0 else f"{optim.base_lr:g} * sqrt({images} / 1024)"
+    rows += [
+        (
+            "peak learning rate",
+            f"{peak:.4g} ({rule}), after {optim.warmup_epochs * train.OFFICIAL_EPOCH_LENGTH:,} iterations",
+        ),
+        ("network", f"{size.depth} blocks, {size.embed_dim} wide, {size.num_heads} heads, {config.student.ffn_layer}"),
+        ("crops of each image", _crops_line(loaded)),
+        ("precision", f"{precision(config, on_gpu=True)} on a GPU" + _cpu_precision(loaded)),
+    ]
+    rows += [(f"parameters, {name}", f"{count:,}") for name, count in parameters.items()]
+    if parameters:
+        rows.append(("parameters, together", f"{sum(parameters.values()):,} trained; the teacher holds as many"))
+    interval, kept = checkpoint_interval(config), config.checkpoint.max_to_keep
+    period = config.evaluation.eval_period_iterations
+    rows += [
+        ("checkpoints", f"every {interval:,} iterations; {f'the newest {kept} are kept' if kept else 'all are kept'}"),
+        ("k-NN evaluation", f"every {period:,} iterations" if period else "never"),
+        ("output", train.output_dir),
+    ]
+    return rows
+
+
+def _crops_line(loaded: LoadedConfig) -> str:
+    crops = loaded.config.crops
+    local = f", {crops.local_crops_number} local of {crops.local_crops_size} px" if crops.local_crops_number else ""
+    return f"2 global of {crops.global_crops_size} px ({global_patches(loaded.config)} patches each){local}"
+
+
+def _cpu_precision(loaded: LoadedConfig) -> str:
+    fp16 = loaded.config.performance.precision == "fp16"
+    return "; a CPU cannot train in fp16" if fp16 else f", {precision(loaded.config, on_gpu=False)} on a CPU"

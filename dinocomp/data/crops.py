@@ -1,0 +1,179 @@
+"""Multi-crop augmentation: parameters drawn by pure functions, applied to uint8 tensors.
+
+The order of a crop's operations is crop and resize, flip, colour jitter, grey, blur, solarize (spec 1.6). Mean and
+standard deviation are subtracted later, on the device.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from dinocomp.errors import ConfigError
+
+GLOBAL_CROPS = 2  # the losses pair exactly two views
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """What may happen to a crop; names and defaults are those of the configuration's `crops.*`.
+
+    `blur_probability` is for (global crop 1, global crop 2, local crops). The default is what the reference's code
+    did and its weights were trained with; the paper's intent was (1.0, 0.1, 0.5).
+    """
+
+    global_crops_scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area
+    local_crops_number: int = 8
+    local_crops_scale: tuple[float, float] = (0.05, 0.32)
+    global_crops_size: int = 224  # pixels
+    local_crops_size: int = 96  # pixels
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, before resizing to a square
+    horizontal_flip_probability: float = 0.5
+    color_jitter_probability: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale_probability: float = 0.2
+    blur_probability: tuple[float, float, float] = (0.0, 0.9, 0.5)
+    blur_kernel_size: int = 9  # pixels, odd
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize_probability: float = 0.2  # second global crop only
+    solarize_threshold: int = 128
+
+    def __post_init__(self) -> None:
+        if self.blur_kernel_size < 1 or self.blur_kernel_size % 2 == 0:
+            raise ConfigError(f"crops.blur_kernel_size is {self.blur_kernel_size}; it must be odd and positive, e.g. 9")
+        if not 0.0 <= self.hue <= 0.5:
+            raise ConfigError(f"crops.hue is {self.hue}; it must lie in 0..0.5 (0.5 turns the colour circle half-way)")
+        sizes = {"global": (self.global_crops_size, max(self.blur_probability[:2]))}
+        if self.local_crops_number:
+            sizes["local"] = (self.local_crops_size, self.blur_probability[2])
+        for name, (size, probability) in sizes.items():
+            if probability > 0 and size <= self.blur_kernel_size // 2:
+                raise ConfigError(
+                    f"crops.{name}_crops_size is {size} pixels, too small for crops.blur_kernel_size="
+                    f"{self.blur_kernel_size}; use crops.blur_kernel_size={2 * size - 1} or smaller, or no blur"
+                )
+
+
+@dataclass(frozen=True)
+class CropParameters:
+    """Everything drawn for one crop.
+
+    Attributes:
+        box: top, left, height, width in pixels of the source image.
+        jitter: (operation, factor) in the order they are applied; empty for none.
+        blur_sigma: in pixels of the crop; None for no blur.
+    """
+
+    box: tuple[int, int, int, int]
+    flip: bool
+    jitter: tuple[tuple[str, float], ...]
+    grayscale: bool
+    blur_sigma: float | None
+    solarize: bool
+
+
+_JITTER = {
+    "brightness": F.adjust_brightness,
+    "contrast": F.adjust_contrast,
+    "saturation": F.adjust_saturation,
+    "hue": F.adjust_hue,
+}
+
+
+def multi_crop(
+    image: torch.Tensor, settings: CropSettings, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw all crops of one image.
+
+    Args:
+        image: uint8 [3, H, W].
+        rng: the only source of randomness; the same state gives the same crops.
+
+    Returns:
+        global crops uint8 [2, 3, G, G] (two independent draws) and local crops uint8 [L, 3, l, l] (L may be 0).
+    """
+    height, width = image.shape[-2:]
+    large = [
+        apply_crop(image, settings.global_crops_size, draw_crop(height, width, settings, view, rng), settings)
+        for view in range(GLOBAL_CROPS)
+    ]  # 2 x [3, G, G]
+    size = settings.local_crops_size
+    small = [
+        apply_crop(image, size, draw_crop(height, width, settings, None, rng), settings)
+        for _ in range(settings.local_crops_number)
+    ]  # L x [3, l, l]
+    return torch.stack(large), torch.stack(small) if small else image.new_empty((0, 3, size, size))
+
+
+def draw_crop(
+    height: int, width: int, settings: CropSettings, view: int | None, rng: np.random.Generator
+) -> CropParameters:
+    """Draw one crop's parameters for an image of `height` x `width`; `view` is 0 or 1 (global) or None (local)."""
+    scale = settings.local_crops_scale if view is None else settings.global_crops_scale
+    box = draw_box(height, width, scale, settings.aspect_ratio, rng)
+    flip = rng.random() < settings.horizontal_flip_probability
+    jitter = draw_jitter(settings, rng) if rng.random() < settings.color_jitter_probability else ()
+    grayscale = rng.random() < settings.grayscale_probability
+    blur = rng.random() < settings.blur_probability[2 if view is None else view]
+    sigma = float(rng.uniform(*settings.blur_sigma)) if blur else None
+    solarize = view == 1 and rng.random() < settings.solarize_probability
+    return CropParameters(box, bool(flip), jitter, bool(grayscale), sigma, bool(solarize))
+
+
+def draw_box(
+    height: int, width: int, scale: Sequence[float], ratio: Sequence[float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A random box (top, left, height, width): area uniform in `scale`, aspect log-uniform in `ratio` (width/height).
+
+    As torchvision's RandomResizedCrop: ten tries for a box that fits, else the largest centred box within `ratio`.
+    """
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * rng.uniform(scale[0], scale[1])
+        aspect = math.exp(rng.uniform(log_low, log_high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(1, min(height, round(width / ratio[0])))
+    elif width / height > ratio[1]:
+        w = max(1, min(width, round(height * ratio[1])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def draw_jitter(settings: CropSettings, rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
+    """Colour operations in random order with uniform factors, as torchvision's ColorJitter; strength 0: left out."""
+    operations = []
+    for index in rng.permutation(len(_JITTER)):
+        name = tuple(_JITTER)[index]
+        strength = getattr(settings, name)
+        if strength > 0:
+            low, high = (-strength, strength) if name == "hue" else (max(0.0, 1.0 - strength), 1.0 + strength)
+            operations.append((name, float(rng.uniform(low, high))))
+    return tuple(operations)
+
+
+def apply_crop(image: torch.Tensor, size: int, parameters: CropParameters, settings: CropSettings) -> torch.Tensor:
+    """Carry out one drawn crop: uint8 [3, H, W] -> uint8 [3, size, size]."""
+    bicubic = InterpolationMode.BICUBIC
+    crop = F.resized_crop(image, *parameters.box, [size, size], bicubic, antialias=True)  # [3, size, size]
+    crop = crop.contiguous()  # the resize keeps channels last; the colour operations are faster on planes
+    if parameters.flip:
+        crop = F.horizontal_flip(crop)  # [3, size, size], as all below
+    for name, factor in parameters.jitter:
+        crop = _JITTER[name](crop, factor)
+    if parameters.grayscale:
+        crop = F.rgb_to_grayscale(crop, num_output_channels=3)
+    if parameters.blur_sigma is not None:
+        crop = F.gaussian_blur(crop, [settings.blur_kernel_size] * 2, [parameters.blur_sigma] * 2)
+    if parameters.solarize:
+        crop = F.solarize(crop, float(settings.solarize_threshold))
+    return crop

@@ -1,0 +1,162 @@
+"""The training loader: places of the run -> one batch, the same whoever computes it."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dinocomp.data.crops import CropSettings, multi_crop
+from dinocomp.data.images import decode_rgb
+from dinocomp.data.masks import MaskSettings, batch_masks
+from dinocomp.data.order import Place, TrainingOrder
+from dinocomp.data.reader import Images
+from dinocomp.errors import DataError
+
+_CROP_STREAM = 104  # keeps this draw apart from those of order and masks
+
+
+class Batch(TypedDict):
+    """What one rank trains on in one iteration. B images, L local crops, N patches of a global crop."""
+
+    global_crops: torch.Tensor  # uint8 [B, 2, 3, G, G]
+    local_crops: torch.Tensor  # uint8 [B, L, 3, l, l]
+    masks: torch.Tensor  # bool [B, 2, N], True where the student does not see the patch
+    index: torch.Tensor  # int64 [B], the samples' numbers in the dataset
+
+
+class Crops(TypedDict):
+    """What one sample contributes to a batch."""
+
+    position: int
+    index: int
+    global_crops: torch.Tensor  # uint8 [2, 3, G, G]
+    local_crops: torch.Tensor  # uint8 [L, 3, l, l]
+
+
+class MultiCropDataset(Dataset):
+    """Maps a place of the run to its crops, and remembers where a resumed run goes on.
+
+    Crops are a function of (seed, pass, sample): not of the rank, the worker or what was drawn before.
+    """
+
+    def __init__(self, images: Images, crops: CropSettings, *, seed: int, global_batch: int) -> None:
+        self.images = images
+        self.crops = crops
+        self.seed = seed
+        self.global_batch = global_batch
+        self.position = 0  # images consumed by all ranks when the loader's iteration began
+        self.iteration = 0  # iterations done by then
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: Place) -> Crops:
+        position, passes, sample = place
+        rng = np.random.default_rng((self.seed, _CROP_STREAM, passes, sample))
+        stored = self.images[sample]
+        try:
+            image = decode_rgb(stored.image)  # [3, H, W]
+        except DataError as error:
+            raise DataError(
+                f"image {stored.key!r} (sample {sample} of {self.images.path}) cannot be decoded: {error}. "
+                "Conversion checks every image, so the shards were damaged since or written by other means: "
+                "convert them again with `dinocomp convert SRC DST`"
+            ) from error
+        global_crops, local_crops = multi_crop(image, self.crops, rng)  # [2, 3, G, G], [L, 3, l, l]
+        return Crops(position=position, index=sample, global_crops=global_crops, local_crops=local_crops)
+
+    def step_and_slot(self, position: int) -> tuple[int, int]:
+        """Iteration of the run and place in its global batch of a position at or behind the starting point."""
+        steps, slot = divmod(position - self.position, self.global_batch)
+        return self.iteration + steps, slot
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, int]:
+        """Where the run stands; Composer calls this for every checkpoint.
+
+        Args:
+            num_samples: images consumed by all ranks, since the run began or (`from_beginning` False) since the
+                loader's iteration began.
+        """
+        position = num_samples if from_beginning else self.position + num_samples
+        return {"position": position, "iteration": self.step_and_slot(position)[0]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the last consumed image at the loader's next iteration.
+
+        Iterations are kept beside images so that a run may go on with another global batch.
+        """
+        self.position, self.iteration = int(state["position"]), int(state["iteration"])
+
+
+class Collate:
+    """Stacks crops and draws the masks, which belong to places of the global batch, not to samples."""
+
+    def __init__(self, dataset: MultiCropDataset, masks: MaskSettings) -> None:
+        self.dataset = dataset
+        self.masks = masks
+
+    def __call__(self, samples: Sequence[Crops]) -> Batch:
+        places = [self.dataset.step_and_slot(sample["position"]) for sample in samples]
+        slots = np.array([slot for _, slot in places])  # [B]
+        masks = batch_masks(self.masks, self.dataset.seed, places[0][0], self.dataset.global_batch, slots)  # [B, 2, N]
+        return Batch(
+            global_crops=torch.stack([sample["global_crops"] for sample in samples]),  # [B, 2, 3, G, G]
+            local_crops=torch.stack([sample["local_crops"] for sample in samples]),  # [B, L, 3, l, l]
+            masks=torch.from_numpy(masks),  # [B, 2, N]
+            index=torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),  # [B]
+        )
+
+
+def training_loader(
+    images: Images,
+    *,
+    crops: CropSettings,
+    masks: MaskSettings,
+    batch_size: int,
+    world_size: int = 1,
+    rank: int = 0,
+    iterations: int,
+    seed: int = 0,
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+    timeout_seconds: float = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """The loader of one rank; its batches are `Batch`es, the same ones for any number of workers.
+
+    Args:
+        masks: `sample_probability=0` gives masks that are all False.
+        batch_size: images of this rank in an iteration. May exceed the number of images: passes follow one another.
+        iterations: of the whole run.
+        prefetch_factor: batches each worker prepares ahead.
+        timeout_seconds: fail when a worker takes longer than this for a batch; 0 waits for ever.
+
+    Raises:
+        DataError: there are no images.
+    """
+    dataset = MultiCropDataset(images, crops, seed=seed, global_batch=batch_size * world_size)
+    order = TrainingOrder(
+        dataset,
+        samples=len(images),
+        batch_size=batch_size,
+        world_size=world_size,
+        rank=rank,
+        iterations=iterations,
+        seed=seed,
+        shard_sizes=images.shard_sizes if images.remote else None,
+    )
+    workers: dict[str, Any] = {}
+    if num_workers:  # torch refuses these without workers; torch itself gives each worker one thread
+        workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": timeout_seconds}
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=order,
+        collate_fn=Collate(dataset, masks),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        drop_last=True,
+        **workers,
+    )

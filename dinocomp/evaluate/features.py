@@ -1,0 +1,90 @@
+"""Features of images from a frozen backbone."""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torchvision.transforms.v2.functional as F
+from composer.utils import dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dinocomp.data import Images, decode_rgb
+from dinocomp.models import VisionTransformer
+
+
+class Features(NamedTuple):
+    """Class tokens of n images."""
+
+    vectors: Tensor  # [n, D] fp32, on the CPU
+    labels: Tensor  # [n] int64
+
+
+def evaluation_view(image: Tensor, resize: int, crop: int) -> Tensor:
+    """Shorter side to `resize`, bicubic, then the centre: uint8 [3, H, W] -> uint8 [3, crop, crop]."""
+    image = F.resize(image, [resize], interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+    return F.center_crop(image, [crop, crop])
+
+
+class _Views(Dataset):
+    """The evaluation view and label of the images whose number is `rank` modulo `world_size`."""
+
+    def __init__(self, images: Images, resize: int, crop: int, rank: int, world_size: int) -> None:
+        self.images, self.resize, self.crop = images, resize, crop
+        self.index = range(rank, len(images), world_size)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        sample = self.images[self.index[i]]
+        return evaluation_view(decode_rgb(sample.image), self.resize, self.crop), sample.label
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: VisionTransformer,
+    images: Images,
+    *,
+    resize: int,
+    crop: int,
+    normalize: torch.nn.Module,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Features:
+    """Class tokens of all images, in their order, on every rank; each image is looked at once, by one rank.
+
+    The global random generator is neither read nor moved.
+
+    Args:
+        backbone: on the device to use; called in its present mode, so `eval()` it if it has drop path.
+        resize, crop: see `evaluation_view`, in pixels.
+        normalize: uint8 images to the network's input.
+        autocast: number type to compute in; None for that of the weights.
+    """
+    device = backbone.cls_token.device
+    rank, world_size = dist.get_global_rank(), dist.get_world_size()
+    views = _Views(images, resize, crop, rank, world_size)
+    loader = DataLoader(
+        views,
+        batch_size,
+        num_workers=num_workers if len(views) > batch_size else 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else the loader draws a seed from the global one
+    )
+    vectors, labels = [], []
+    context = nullcontext() if autocast is None else torch.autocast(device.type, autocast)
+    with context:
+        for pixels, label in loader:
+            tokens = backbone(normalize(pixels.to(device, non_blocking=True)))
+            vectors.append(tokens.cls.float().cpu())  # [b, D]
+            labels.append(label)
+    mine = (torch.cat(vectors), torch.cat(labels)) if vectors else (torch.zeros(0, backbone.embed_dim), torch.zeros(0))
+    everyone = dist.all_gather_object(mine)
+    all_vectors = torch.zeros(len(images), backbone.embed_dim)  # [n, D]
+    all_labels = torch.zeros(len(images), dtype=torch.int64)  # [n]
+    for r, (vector, label) in enumerate(everyone):
+        all_vectors[r::world_size] = vector
+        all_labels[r::world_size] = label.to(torch.int64)
+    return Features(all_vectors, all_labels)

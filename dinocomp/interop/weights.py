@@ -1,0 +1,114 @@
+"""Weights to start from: a teacher file, a checkpoint of a run, or a published backbone."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dinocomp.errors import WeightsError
+from dinocomp.interop.names import published_name
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pt or .pth file, by the names they have there. Nothing in a file is executed.
+
+    Of a Composer checkpoint it is the model's tensors; of a file that nests them under ``teacher``, ``model`` or
+    ``state_dict``, what is under it.
+
+    Raises:
+        WeightsError: the file is missing, damaged, holds objects other than tensors, or no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no file of weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors and plain values, which could run code when it is loaded: {error}\n"
+            "Save its state_dict alone (torch.save(model.state_dict(), ...)), or give a .safetensors file."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise WeightsError(f"{path} is no whole file of weights: {error}") from error
+    for key in ("state", "model", "teacher", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise WeightsError(f"{path} holds no named tensors")
+    return tensors
+
+
+def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copies `tensors` into `net`. Names and shapes must be exactly those of the network.
+
+    Raises:
+        WeightsError: naming the first tensors that are missing, unknown or of another shape.
+    """
+    own = net.state_dict()
+    problems = [f"missing: {name}" for name in own if name not in tensors]
+    problems += [f"not in the network: {name}" for name in tensors if name not in own]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, the network's is {list(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise WeightsError(
+            f"the weights in {source} do not fit the configured network:\n  "
+            + "\n  ".join(problems[:8])
+            + more
+            + "\nSet student.arch, patch_size, num_register_tokens, ffn_layer and crops.global_crops_size to those of "
+            "the file."
+        )
+    net.load_state_dict(tensors)
+
+
+def load_backbone(net: nn.Module, path: str | Path) -> None:
+    """Weights of a backbone, published or of a run (then its teacher's), into `net`.
+
+    Raises:
+        WeightsError: as `read_tensors` and `load_strictly`.
+    """
+    load_strictly(net, _backbone_of(read_tensors(path)), str(path))
+
+
+def _backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in ("teacher_backbone.net.", "backbone."):
+        if any(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            break
+    return {published_name(name): tensor for name, tensor in tensors.items()}
+
+
+def load_run(student: Mapping[str, nn.Module], teacher: Mapping[str, nn.Module], path: str | Path) -> None:
+    """Starts student and teacher from a run's weights.
+
+    A checkpoint of a run gives both; a teacher file, dinocomp's or the reference's ``teacher_checkpoint.pth``, gives
+    the teacher, of which the student becomes a copy.
+
+    Args:
+        student, teacher: networks by name (backbone, dino_head, ibot_head).
+
+    Raises:
+        WeightsError: as `read_tensors` and `load_strictly`, or a network is not in the file.
+    """
+    tensors = read_tensors(path)
+    is_checkpoint = any(name.startswith("teacher_backbone.") for name in tensors)
+    for role, networks in (("student", student), ("teacher", teacher)):
+        for name, net in networks.items():
+            prefix = f"{role}_{name}.net." if is_checkpoint else f"{name}."
+            part = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            if not part:
+                raise WeightsError(
+                    f"{path} has no weights of {name} (names beginning with '{prefix}'). "
+                    "To start from a backbone alone, pass it as student.pretrained_weights."
+                )
+            load_strictly(net, {published_name(n): t for n, t in part.items()}, str(path))

@@ -1,0 +1,232 @@
+"""DINOv2 as a ComposerModel: student, teacher, and the loss between them (Oquab et al. 2024, section 4)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor, nn
+
+from dinocomp.data import Batch
+from dinocomp.method.ema import ema_update
+from dinocomp.method.losses import Centering, SinkhornKnopp, dino_loss, ibot_loss, koleo_loss
+from dinocomp.models import DINOHead, Tokens, VisionTransformer
+
+
+@dataclass
+class Networks:
+    """A backbone and its heads. Without `ibot_head`, patches go through `dino_head`, if iBOT is on."""
+
+    backbone: VisionTransformer
+    dino_head: DINOHead | None
+    ibot_head: DINOHead | None
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Factors of the terms in the total; a term of weight 0 is not computed."""
+
+    dino: float
+    ibot: float
+    koleo: float
+
+
+class Shell(nn.Module):
+    """Calls the network it holds, and has no parameter of its own.
+
+    Sharding makes each child of a ComposerModel a root unit, and a root keeps its gathered weights after a forward
+    without gradient, which would hide the teacher's updates. Inside a shell the network is no root.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net(*args, **kwargs)
+
+
+class Normalize(nn.Module):
+    """uint8 pixels to (x / 255 - mean) / std, fp32: [..., C, H, W] -> the same."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.float() / 255 - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class MaskedRows:
+    """Which patch tokens iBOT looks at: R rows, the masked ones first, then padding to a constant number."""
+
+    index: Tensor  # [R] int64, into the flattened [2B * N] patches
+    valid: Tensor  # [R] bool, False for padding
+    weight: Tensor  # [R], 1 / (masked patches in the row's crop), 0 for padding
+
+    @classmethod
+    def of(cls, masks: Tensor, limit: int | None) -> "MaskedRows":
+        """From masks [2B, N] bool. `limit` is a number of rows that is never exceeded: with it shapes are constant and
+        the device is not waited for; without it there are as many rows as masked patches."""
+        flat = masks.flatten()  # [2B * N]
+        rows = int(flat.sum()) if limit is None else min(limit, flat.numel())
+        index = flat.to(torch.uint8).argsort(descending=True, stable=True)[:rows]  # [R]
+        valid = flat[index]  # [R]
+        per_crop = masks.sum(dim=1).clamp_min(1)  # [2B]
+        return cls(index, valid, valid / per_crop[index // masks.shape[1]])
+
+
+@dataclass
+class Outputs:
+    """What a forward pass hands to the loss; None where a term is off."""
+
+    cls: Tensor  # [2, B, D] student class tokens of the global crops
+    dino_targets: Tensor | None  # [2, B, K]
+    global_logits: Tensor | None  # [2, B, K]
+    local_logits: Tensor | None  # [L, B, K]
+    ibot_targets: Tensor | None  # [R, K']
+    ibot_logits: Tensor | None  # [R, K']
+    masked: MaskedRows | None
+
+
+class DINOv2(ComposerModel):
+    """Student and teacher of DINOv2, and its loss.
+
+    The networks are direct children, each called through its own ``forward``; buffers live in children. That is what
+    Composer's sharding needs.
+
+    Args:
+        student, teacher: networks of the same shape; the teacher should have no drop path and starts as a copy.
+        dino_targets, ibot_targets: how teacher logits become targets.
+        weights: of the loss terms.
+        student_temp: softmax temperature of the student.
+        mean, std: of the pixels, by channel, in [0, 1].
+        max_masked: most masked patches a batch on this rank can have; None to count them in every batch.
+
+    Attributes:
+        teacher_temp, momentum: of the present iteration; a callback sets them.
+        terms: the weighted loss terms of the last batch on this rank, detached; their sum is the total.
+    """
+
+    def __init__(
+        self,
+        student: Networks,
+        teacher: Networks,
+        *,
+        dino_targets: Centering | SinkhornKnopp,
+        ibot_targets: Centering | SinkhornKnopp,
+        weights: LossWeights,
+        student_temp: float = 0.1,
+        mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+        std: tuple[float, ...] = (0.229, 0.224, 0.225),
+        max_masked: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights = weights
+        self.student_temp = student_temp
+        self.max_masked = max_masked
+        self.teacher_temp = 0.07
+        self.momentum = 1.0
+        self.terms: dict[str, Tensor] = {}
+
+        self.normalize = Normalize(mean, std)
+        self.dino_targets = dino_targets
+        self.ibot_targets = ibot_targets
+        for role, networks in (("student", student), ("teacher", teacher)):
+            for name, net in vars(networks).items():
+                setattr(self, f"{role}_{name}", None if net is None else Shell(net))
+        for net in self.networks("teacher").values():
+            net.requires_grad_(False)
+        if not weights.ibot:
+            student.backbone.mask_token.requires_grad_(False)  # it would never have a gradient
+
+    def networks(self, role: str) -> dict[str, nn.Module]:
+        """The networks of `student` or `teacher` by name: backbone and those of dino_head, ibot_head that are on."""
+        shells = {name: getattr(self, f"{role}_{name}") for name in ("backbone", "dino_head", "ibot_head")}
+        return {name: shell.net for name, shell in shells.items() if shell is not None}
+
+    def forward(self, batch: Batch) -> Outputs:
+        crops = self.normalize(batch["global_crops"].transpose(0, 1).flatten(0, 1))  # [2B, C, G, G], crop-major
+        masks = batch["masks"].transpose(0, 1).flatten(0, 1) if self.weights.ibot else None  # [2B, N]
+        masked = MaskedRows.of(masks, self.max_masked) if self.weights.ibot else None
+
+        with torch.no_grad():
+            dino_targets, ibot_targets = self._targets(self.teacher_backbone(crops), masked)
+
+        student_crops, student_masks = [crops], [masks]
+        num_local = batch["local_crops"].shape[1] if self.weights.dino else 0
+        if num_local:
+            local_crops = batch["local_crops"].transpose(0, 1).flatten(0, 1)  # [L * B, C, l, l]
+            student_crops.append(self.normalize(local_crops))
+            student_masks.append(None)
+        tokens: list[Tokens] = self.student_backbone(student_crops, student_masks)
+
+        cls_rows = torch.cat([t.cls for t in tokens]) if self.weights.dino else None  # [(2 + L) * B, D]
+        cls_logits, patch_logits = self._project("student", cls_rows, tokens[0], masked)
+        by_crop = None if cls_logits is None else cls_logits.unflatten(0, (2 + num_local, -1))  # [2 + L, B, K]
+        return Outputs(
+            cls=tokens[0].cls.unflatten(0, (2, -1)),
+            dino_targets=dino_targets,
+            global_logits=None if by_crop is None else by_crop[:2],
+            local_logits=by_crop[2:] if num_local else None,
+            ibot_targets=ibot_targets,
+            ibot_logits=patch_logits,
+            masked=masked,
+        )
+
+    def _targets(self, tokens: Tokens, masked: MaskedRows | None) -> tuple[Tensor | None, Tensor | None]:
+        """Teacher tokens of the unmasked global crops -> targets [2, B, K] and [R, K']."""
+        # Views are swapped: row j of the targets is the other view of the student's row j.
+        cls_rows = torch.cat(tokens.cls.chunk(2)[::-1]) if self.weights.dino else None  # [2B, D]
+        cls_logits, patch_logits = self._project("teacher", cls_rows, tokens, masked)
+        dino_targets = ibot_targets = None
+        if cls_logits is not None:
+            dino_targets = self.dino_targets(cls_logits, self.teacher_temp).unflatten(0, (2, -1))
+        if patch_logits is not None:
+            ibot_targets = self.ibot_targets(patch_logits, self.teacher_temp, masked.valid)
+        return dino_targets, ibot_targets
+
+    def _project(
+        self, role: str, cls_rows: Tensor | None, tokens: Tokens, masked: MaskedRows | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits of class tokens [rows, D] and of the masked patches; one call of a head that both share."""
+        dino_head, ibot_head = getattr(self, f"{role}_dino_head"), getattr(self, f"{role}_ibot_head")
+        patch_rows = None if masked is None else tokens.patches.flatten(0, 1)[masked.index]  # [R, D]
+        if cls_rows is None or patch_rows is None or ibot_head is not None:
+            cls_logits = None if cls_rows is None else dino_head(cls_rows)
+            patch_logits = None if patch_rows is None else (ibot_head or dino_head)(patch_rows)
+            return cls_logits, patch_logits
+        return dino_head(torch.cat([cls_rows, patch_rows])).split([len(cls_rows), len(patch_rows)])
+
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """The weighted terms' sum. Each term stays in `terms`: Composer would wait for the device once for each."""
+        terms: dict[str, Tensor] = {}
+        if outputs.global_logits is not None:
+            global_part, local_part = dino_loss(
+                outputs.dino_targets, outputs.global_logits, outputs.local_logits, self.student_temp
+            )
+            terms["dino_global"] = self.weights.dino * global_part
+            if local_part is not None:
+                terms["dino_local"] = self.weights.dino * local_part
+        if self.weights.koleo:
+            terms["koleo"] = self.weights.koleo * sum(koleo_loss(view) for view in outputs.cls)
+        if outputs.ibot_logits is not None:
+            num_crops = 2 * len(batch["global_crops"])
+            terms["ibot"] = self.weights.ibot * ibot_loss(
+                outputs.ibot_targets, outputs.ibot_logits, outputs.masked.weight, num_crops, self.student_temp
+            )
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        return {"total": sum(terms.values())}
+
+    def update_teacher(self) -> None:
+        """Moves the teacher towards the student and the centres towards the batch; once an optimizer step."""
+        ema_update(self._parameters_of("teacher"), self._parameters_of("student"), self.momentum)
+        self.dino_targets.step()
+        self.ibot_targets.step()
+
+    def _parameters_of(self, role: str) -> Iterator[nn.Parameter]:
+        for net in self.networks(role).values():
+            yield from net.parameters()

@@ -1,0 +1,8 @@
+"""The loss terms and the teacher's targets, each a formula on tensors, all in fp32."""
+
+from dinocomp.method.losses.dino import dino_loss
+from dinocomp.method.losses.ibot import ibot_loss
+from dinocomp.method.losses.koleo import koleo_loss
+from dinocomp.method.losses.targets import Centering, SinkhornKnopp, build_targets
+
+__all__ = ["Centering", "SinkhornKnopp", "build_targets", "dino_loss", "ibot_loss", "koleo_loss"]

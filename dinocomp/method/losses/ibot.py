@@ -1,0 +1,20 @@
+"""iBOT: masked patches of the student predict the teacher's patches at the same place."""
+
+from torch import Tensor
+
+from dinocomp.method.losses.dino import cross_entropy
+
+
+def ibot_loss(targets: Tensor, logits: Tensor, weight: Tensor, num_crops: int, temperature: float) -> Tensor:
+    """The iBOT loss (Zhou et al. 2022, equation 2) as DINOv2 weighs it.
+
+    (1 / crops) * sum over masked patches p of CE_p / (masked patches in p's crop). The divisor counts every global
+    crop, masked or not.
+
+    Args:
+        targets, logits: [rows, K], of the masked patches.
+        weight: [rows], 1 / (masked patches in the row's crop); 0 for a padding row.
+        num_crops: global crops in the batch, 2B.
+        temperature: of the student.
+    """
+    return (cross_entropy(targets, logits, temperature) * weight).sum() / num_crops

@@ -1,0 +1,99 @@
+"""Self-attention over packed sequences: crops of several sizes in one tensor, each crop attending to itself alone."""
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# One entry a crop tensor: (number of sequences, tokens in each). Tokens lie packed in that order.
+Groups = Sequence[tuple[int, int]]
+
+
+@cache
+def xformers_available() -> bool:
+    """Whether xFormers' attention can be imported (it has CUDA kernels only)."""
+    try:
+        import xformers.ops  # noqa: F401
+    except Exception:  # a wheel built for another torch or CUDA fails in many ways, none of which we can use it after
+        return False
+    return True
+
+
+@lru_cache(maxsize=32)
+def _block_diagonal(groups: tuple[tuple[int, int], ...], device: torch.device):
+    # Built once for each pair of crop sizes and batch size: it copies sequence offsets to the device.
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    lengths = [tokens for sequences, tokens in groups for _ in range(sequences)]
+    return BlockDiagonalMask.from_seqlens(lengths, device=device)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, groups: Groups, kernel: str = "auto") -> Tensor:
+    """Scaled dot-product attention inside each sequence of a packed batch.
+
+    Args:
+        q, k, v: [tokens, heads, head_dim], the sequences of all groups one after the other.
+        groups: (sequences, tokens a sequence) of each group; the products add up to `tokens`.
+        kernel: ``xformers`` (one varlen call; CUDA only), ``sdpa`` (one call a group), or ``auto``: xFormers on CUDA
+            where it is installed, else SDPA.
+
+    Returns:
+        [tokens, heads, head_dim].
+    """
+    if kernel == "xformers" or (kernel == "auto" and q.is_cuda and xformers_available()):
+        from xformers.ops import memory_efficient_attention
+
+        bias = _block_diagonal(tuple(groups), q.device)
+        return memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
+
+    out = []
+    sizes = [sequences * tokens for sequences, tokens in groups]
+    for (sequences, tokens), *qkv in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        q_, k_, v_ = (t.unflatten(0, (sequences, tokens)).transpose(1, 2) for t in qkv)  # [S, heads, N, head_dim]
+        attended = F.scaled_dot_product_attention(q_, k_, v_)  # [S, heads, N, head_dim]
+        out.append(attended.transpose(1, 2).flatten(0, 1))  # [S * N, heads, head_dim]
+    return torch.cat(out)
+
+
+class QKVLinear(nn.Linear):
+    """Query, key and value in one projection, [..., dim] -> [..., 3 * dim], that leaves the keys' bias out.
+
+    A key's bias adds the same number to all scores of a query, which softmax takes away again: it cannot change the
+    output, and its gradient is 0. Computed, that gradient is rounding noise, which Adam would scale up to whole steps.
+    The parameter stays, because published weights have it.
+    """
+
+    def __init__(self, dim: int, *, bias: bool = True) -> None:
+        super().__init__(dim, 3 * dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return F.linear(x, self.weight)
+        query, key, value = self.bias.chunk(3)
+        return F.linear(x, self.weight, torch.cat([query, torch.zeros_like(key), value]))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused query-key-value projection.
+
+    Args:
+        dim: width of the tokens; a multiple of `num_heads`.
+        kernel: see `packed_attention`.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, *, qkv_bias: bool = True, proj_bias: bool = True, kernel: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.kernel = kernel
+        self.qkv = QKVLinear(dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def forward(self, x: Tensor, groups: Groups) -> Tensor:
+        """[tokens, dim] -> [tokens, dim]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [T, 3, heads, head_dim]
+        out = packed_attention(*qkv.unbind(1), groups, kernel=self.kernel)  # [T, heads, head_dim]
+        return self.proj(out.flatten(1))

@@ -1,0 +1,55 @@
+"""Patch and position embeddings."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and projects each: [B, C, H, W] -> [B, (H / p) * (W / p), dim].
+
+    Raises:
+        ValueError: the image is not a whole number of patches high and wide.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"an image of {height} x {width} pixels is not a whole number of {self.patch_size}-pixel patches; "
+                f"crop or resize it to multiples of {self.patch_size}"
+            )
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def interpolate_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, offset: float, antialias: bool) -> Tensor:
+    """Bicubic resampling of a square grid of position embeddings, in fp32.
+
+    Args:
+        pos_embed: [1, M * M, dim], of patches only.
+        grid: patches (high, wide) that are wanted.
+        offset: added to the wanted size where the scale factor is computed; 0 passes the size itself. Published
+            weights without registers were trained with 0.1, which shifts the sampling points and so matters.
+        antialias: filter when shrinking; published weights with registers were trained so.
+
+    Returns:
+        [1, high * wide, dim] in the dtype of `pos_embed`.
+    """
+    side = math.isqrt(pos_embed.shape[1])
+    if grid == (side, side):
+        return pos_embed
+    image = pos_embed.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, dim, M, M]
+    where = {"scale_factor": tuple((n + offset) / side for n in grid)} if offset else {"size": grid}
+    image = F.interpolate(image, mode="bicubic", antialias=antialias, **where)  # [1, dim, high, wide]
+    if image.shape[-2:] != grid:
+        raise ValueError(
+            f"offset {offset} resamples the {side} x {side} position grid to {tuple(image.shape[-2:])}, "
+            f"not {grid}; use an offset between 0 and 1"
+        )
+    return image.flatten(2).transpose(1, 2).to(pos_embed.dtype)

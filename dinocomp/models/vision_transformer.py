@@ -1,0 +1,188 @@
+"""The vision transformer of DINOv2, with the module names of its published weights."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dinocomp.models.block import Block, LayerScale
+from dinocomp.models.embeddings import PatchEmbed, interpolate_pos_embed
+
+
+class Tokens(NamedTuple):
+    """What the network says of a batch of B images of N patches, with R registers and width D."""
+
+    cls: Tensor  # [B, D], after the final norm
+    registers: Tensor  # [B, R, D], after the final norm
+    patches: Tensor  # [B, N, D], after the final norm, row by row
+    prenorm: Tensor  # [B, 1 + R + N, D], before the final norm: class token, registers, patches
+
+
+class VisionTransformer(nn.Module):
+    """Vision transformer (Dosovitskiy et al. 2021; Oquab et al. 2024; registers: Darcet et al. 2024).
+
+    Images of any size that is a whole number of patches; several sizes can go through in one pass, packed.
+
+    Args:
+        img_size: side in pixels of the images that `pos_embed` is laid out for.
+        patch_size: side in pixels of a patch.
+        in_chans: channels of an image.
+        embed_dim, depth, num_heads, mlp_ratio: width D, blocks, heads, and inner width of the FFN over D.
+        qkv_bias, proj_bias, ffn_bias: whether these linear layers have a bias.
+        ffn_layer: mlp, swiglu, swiglufused (the same) or identity.
+        init_values: start of LayerScale; 0 or None for none.
+        drop_path_rate: share of sequences that a branch skips while training; see `Block`.
+        drop_path_uniform: that rate in every block, else rising from 0 to it.
+        num_register_tokens: extra tokens without a position, after the class token.
+        interpolate_offset, interpolate_antialias: see `interpolate_pos_embed`.
+        kernel: attention kernel, see `packed_attention`.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        ffn_layer: str = "mlp",
+        init_values: float | None = None,
+        drop_path_rate: float = 0.0,
+        drop_path_uniform: bool = False,
+        num_register_tokens: int = 0,
+        interpolate_offset: float = 0.1,
+        interpolate_antialias: bool = False,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.patch_size = patch_size
+        self.num_register_tokens = num_register_tokens
+        self.interpolate_offset = interpolate_offset
+        self.interpolate_antialias = interpolate_antialias
+
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        num_patches = (img_size // patch_size) ** 2
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, embed_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
+        if num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, embed_dim))
+        rates = [drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                ffn_bias=ffn_bias,
+                ffn_layer=ffn_layer,
+                init_values=init_values,
+                drop_path=rate,
+                kernel=kernel,
+            )
+            for rate in rates
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """(Re)draws every weight from the global generator. The patch projection keeps a convolution's default."""
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.zeros_(self.mask_token)
+        if self.num_register_tokens:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, module.init_value)
+            elif isinstance(module, (nn.Conv2d, nn.LayerNorm)):
+                module.reset_parameters()
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the first patch: the class token and the registers."""
+        return 1 + self.num_register_tokens
+
+    def _embed(self, images: Tensor, masks: Tensor | None) -> Tensor:
+        """[B, C, H, W], masks [B, N] bool or None -> [B, 1 + R + N, D]."""
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        x = self.patch_embed(images)  # [B, N, D]
+        if masks is not None:
+            x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
+        x = x + interpolate_pos_embed(
+            self.pos_embed[:, 1:], grid, offset=self.interpolate_offset, antialias=self.interpolate_antialias
+        )
+        prefix = [self.cls_token + self.pos_embed[:, :1]]  # [1, 1, D]
+        if self.num_register_tokens:
+            prefix.append(self.register_tokens)  # [1, R, D], without a position
+        return torch.cat([p.to(x.dtype).expand(len(x), -1, -1) for p in prefix] + [x], dim=1)
+
+    def _split(self, prenorm: Tensor) -> Tokens:
+        normed = self.norm(prenorm)  # [B, 1 + R + N, D]
+        return Tokens(normed[:, 0], normed[:, 1 : self.num_prefix_tokens], normed[:, self.num_prefix_tokens :], prenorm)
+
+    def forward_packed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
+        """All crops in one pass over the blocks; attention stays inside each image.
+
+        Args:
+            crops: tensors [B_i, C, H_i, W_i], one for each size.
+            masks: for each of them, [B_i, N_i] bool (True = replaced by the mask token) or None.
+        """
+        embedded = [self._embed(images, mask) for images, mask in zip(crops, masks, strict=True)]  # [B_i, T_i, D]
+        groups = [tuple(x.shape[:2]) for x in embedded]
+        x = torch.cat([x.flatten(0, 1) for x in embedded])  # [sum B_i * T_i, D]
+        for block in self.blocks:
+            x = block(x, groups)
+        parts = x.split([sequences * tokens for sequences, tokens in groups])
+        return [self._split(part.unflatten(0, group)) for part, group in zip(parts, groups, strict=True)]
+
+    def forward(self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None):
+        """A tensor [B, C, H, W] with masks [B, N] or None gives `Tokens`; lists of them give a list, packed."""
+        if isinstance(images, Tensor):
+            return self.forward_packed([images], [masks])[0]
+        return self.forward_packed(images, [None] * len(images) if masks is None else masks)
+
+    def get_intermediate_layers(
+        self, images: Tensor, n: int | Sequence[int] = 1, *, reshape: bool = False, norm: bool = True
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Patch and class tokens after chosen blocks.
+
+        Args:
+            images: [B, C, H, W].
+            n: how many of the last blocks, or the indices of the blocks.
+            reshape: patches as a map [B, D, H / p, W / p] instead of [B, N, D].
+            norm: through the final norm.
+
+        Returns:
+            (patches, class token [B, D]) for each block, first to last.
+        """
+        take = range(len(self.blocks) - n, len(self.blocks)) if isinstance(n, int) else n
+        if not all(0 <= i < len(self.blocks) for i in take):
+            raise ValueError(f"blocks {list(take)} were asked for; this network has blocks 0 to {len(self.blocks) - 1}")
+        x = self._embed(images, None)
+        groups = [tuple(x.shape[:2])]
+        x, outputs = x.flatten(0, 1), []
+        for i, block in enumerate(self.blocks):
+            x = block(x, groups)
+            if i in take:
+                outputs.append(x.unflatten(0, groups[0]))  # [B, 1 + R + N, D]
+        if norm:
+            outputs = [self.norm(out) for out in outputs]
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        patches = [out[:, self.num_prefix_tokens :] for out in outputs]
+        if reshape:
+            patches = [p.transpose(1, 2).unflatten(2, grid) for p in patches]
+        return [(p, out[:, 0]) for p, out in zip(patches, outputs, strict=True)]

@@ -1,0 +1,138 @@
+"""The entry: ``composer dinocomp/train.py yamls/vits16.yaml [recipes=[a,b]] [key=value ...]``.
+
+Without a checkout: ``composer -m dinocomp.train vits16 ...``. Exit status 0: the run is finished; 2: the command or the
+data are wrong, and the message says what to change (``--debug`` adds the traceback).
+"""
+
+import logging
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains as the command line says. Returns the exit status."""
+    # Imported here, for `python dinocomp/train.py` must first make way for other packages' names (see the end).
+    from dinocomp.errors import DinocompError
+
+    try:
+        train([word for word in arguments if word != "--debug"])
+    except DinocompError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Reads the configuration, builds the run, trains it to its end and says what came of it.
+
+    Raises:
+        DinocompError: what is wrong and what to type instead.
+    """
+    from dinocomp.config import load_config, split_arguments, to_yaml
+
+    loaded = load_config(*split_arguments(arguments))  # before the slow imports, so that a slip shows at once
+    config = loaded.config
+
+    from composer.utils import dist, get_device
+
+    from dinocomp.build import build_run, on_gpu
+
+    gpu = on_gpu(config)
+    if not gpu:
+        _share_cores()
+    dist.initialize_dist(get_device("gpu" if gpu else "cpu"), timeout=1800)
+    output = Path(config.train.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if dist.get_global_rank() == 0:
+        _start_log(output)
+        made_of = f"Made by: composer dinocomp/train.py {' '.join(arguments)}\nThis file alone reproduces the run."
+        (output / "config.yaml").write_text(to_yaml(config, header=made_of))
+    log = logging.getLogger("dinocomp")
+    for notice in loaded.notices:
+        log.info("note: %s", notice)
+
+    run = build_run(config)
+    if run.resumed_from:
+        log.info("resuming from %s", run.resumed_from)
+    if int(run.trainer.state.timestamp.batch) >= run.iterations:
+        log.info("this run is finished: %d of %d iterations; nothing to do", run.iterations, run.iterations)
+    else:
+        log.info(
+            "training: %d iterations of %d images on %d %s; output in %s",
+            run.iterations,
+            config.train.batch_size_per_gpu * dist.get_world_size(),
+            dist.get_world_size(),
+            "GPU(s)" if gpu else "CPU process(es)",
+            output,
+        )
+        run.trainer.fit()
+    run.trainer.close()
+    if dist.get_global_rank() == 0:
+        for line in summary(run):
+            log.info("%s", line)
+
+
+def summary(run) -> list[str]:
+    """What a finished run leaves, and what its features are worth, in words."""
+    lines = [f"teacher: {run.output / 'teacher.safetensors'}"]
+    accuracy = run.evaluation.accuracy
+    if run.pair and accuracy:
+        first, last = min(accuracy), max(accuracy)
+        k = next(iter(accuracy[last]))
+        line = f"k-NN accuracy on {len(run.pair.val)} held-out images (k={k}): "
+        if first == 0 and last > 0:
+            line += f"{accuracy[first][k]:.1%} before training, {accuracy[last][k]:.1%} after"
+        else:
+            line += f"{accuracy[last][k]:.1%} after {last} iterations"
+        lines.append(line)
+    elif not run.pair:
+        lines.append(
+            "not evaluated: there is no labelled pair of images; give one as evaluation.train_dataset_path and "
+            "evaluation.val_dataset_path"
+        )
+    return lines
+
+
+def _share_cores() -> None:
+    """Gives each of several CPU processes its share of the cores; the launcher leaves them all with all of them."""
+    import torch
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+def _start_log(output: Path) -> None:
+    """Messages to the terminal; those, every progress line and the versions to train.log."""
+    import composer
+    import torch
+
+    from dinocomp import __version__
+
+    to_file = logging.FileHandler(output / "train.log")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    to_terminal = logging.StreamHandler(sys.stdout)
+    to_terminal.setLevel(logging.INFO)
+    log = logging.getLogger("dinocomp")
+    log.setLevel(logging.DEBUG)
+    log.handlers[:] = [to_file, to_terminal]
+    log.debug(
+        "dinocomp %s, python %s, torch %s, composer %s, %s",
+        __version__,
+        platform.python_version(),
+        torch.__version__,
+        composer.__version__,
+        platform.platform(),
+    )
+
+
+if __name__ == "__main__":
+    # Run as a script, Python looks for imports in this folder first, where `data` or `evaluate` would hide other
+    # packages of those names.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,222 @@
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DistributedSampler
+
+from dinocomp.data import CropSettings, MaskSettings, batch_masks, multi_crop, open_images, training_loader
+from dinocomp.data.images import decode_rgb
+from dinocomp.data.loader import Batch
+from dinocomp.data.order import TrainingOrder, shard_permutation, uniform_permutation
+from dinocomp.data.reader import Images, Sample
+from dinocomp.errors import DataError
+
+CROPS = CropSettings(global_crops_size=16, local_crops_size=8, local_crops_number=2)
+MASKS = MaskSettings((8, 8))
+
+
+class Start:
+    def __init__(self, position: int = 0, iteration: int = 0) -> None:
+        self.position, self.iteration = position, iteration
+
+    def __len__(self) -> int:
+        return 10
+
+
+def order(start: Start | None = None, **changes) -> TrainingOrder:
+    settings = {"samples": 10, "batch_size": 4, "world_size": 1, "rank": 0, "iterations": 8, "seed": 0} | changes
+    return TrainingOrder(start or Start(), **settings)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
+    return open_images("digits", cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+def loader(images: Images, **changes):
+    settings = {"crops": CROPS, "masks": MASKS, "batch_size": 4, "iterations": 5, "seed": 3} | changes
+    return training_loader(images, **settings)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def joined(parts: list[Batch]) -> Batch:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def test_every_sample_once_before_any_again() -> None:
+    places = list(order(iterations=25))
+    assert [p for p, _, _ in places] == list(range(100))
+    assert [passes for _, passes, _ in places] == [p // 10 for p in range(100)]
+    for begin in range(0, 100, 10):
+        assert sorted(sample for _, _, sample in places[begin : begin + 10]) == list(range(10))
+    assert len({tuple(s for _, _, s in places[b : b + 10]) for b in range(0, 100, 10)}) > 5  # passes differ
+
+
+def test_more_images_a_batch_than_there_are() -> None:
+    assert [sample for *_, sample in order(samples=1, iterations=2)] == [0] * 8
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_single_order(world: int) -> None:
+    single = list(order(batch_size=8, iterations=6))
+    ranks = [list(order(batch_size=8 // world, world_size=world, rank=r, iterations=6)) for r in range(world)]
+    size = 8 // world
+    merged = [p for t in range(6) for rank in ranks for p in rank[t * size : (t + 1) * size]]
+    assert merged == single
+
+
+def test_resumed_order_is_the_rest() -> None:
+    whole = list(order(iterations=9))
+    assert list(order(Start(20, 5), iterations=9)) == whole[20:]
+    # With another global batch the images go on at the next one and the iterations at theirs.
+    rest = list(order(Start(20, 5), iterations=9, batch_size=2))
+    assert rest == whole[20:28]
+
+
+def test_sampler_is_what_composer_wants() -> None:
+    sampler = order(Start(20, 5), iterations=9)
+    assert isinstance(sampler, DistributedSampler) and len(sampler) == 36
+    before = list(sampler)
+    sampler.set_epoch(4)
+    assert list(sampler) == before
+
+
+def test_permutations() -> None:
+    first = uniform_permutation(1000, 0, 0)
+    assert sorted(first) == list(range(1000)) and np.array_equal(first, uniform_permutation(1000, 0, 0))
+    assert abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.1
+    for other in (uniform_permutation(1000, 0, 1), uniform_permutation(1000, 1, 0)):
+        assert not np.array_equal(first, other)
+
+
+def test_remote_order_visits_shards_one_after_another() -> None:
+    sizes = np.full(50, 20)
+    drawn = shard_permutation(sizes, 0, 1, block=40)
+    assert sorted(drawn) == list(range(1000)) and not np.array_equal(drawn, shard_permutation(sizes, 0, 2, block=40))
+    window = [len(set(drawn[i : i + 100] // 20)) for i in range(0, 1000, 100)]
+    assert max(window) <= 12  # of 50
+    ordered = [sample for *_, sample in order(samples=1000, shard_sizes=sizes, iterations=250)]
+    assert ordered == list(shard_permutation(sizes, 0, 0))
+
+
+def test_no_images() -> None:
+    with pytest.raises(DataError, match="no images"):
+        order(samples=0)
+
+
+def test_batch_fields(images: Images) -> None:
+    batch = next(iter(loader(images)))
+    shapes = {key: (tuple(value.shape), value.dtype) for key, value in batch.items()}
+    assert shapes == {
+        "global_crops": ((4, 2, 3, 16, 16), torch.uint8),
+        "local_crops": ((4, 2, 3, 8, 8), torch.uint8),
+        "masks": ((4, 2, 64), torch.bool),
+        "index": ((4,), torch.int64),
+    }
+
+
+def test_batch_is_crops_and_masks_of_its_places(images: Images) -> None:
+    step, batch = 2, list(loader(images))[2]
+    samples = uniform_permutation(len(images), 3, 0)[8:12]
+    assert batch["index"].tolist() == samples.tolist()
+    assert np.array_equal(batch["masks"].numpy(), batch_masks(MASKS, 3, step, 4, np.arange(4)))
+    rng = np.random.default_rng((3, 104, 0, int(samples[1])))
+    large, small = multi_crop(decode_rgb(images[int(samples[1])].image), CROPS, rng)
+    assert torch.equal(batch["global_crops"][1], large) and torch.equal(batch["local_crops"][1], small)
+
+
+def test_workers_do_not_matter(images: Images) -> None:
+    alone = list(loader(images))
+    assert len(alone) == 5
+    for workers in (1, 2):
+        again = list(loader(images, num_workers=workers, timeout_seconds=60))
+        assert all(same(a, b) for a, b in zip(alone, again, strict=True))
+
+
+def test_world_size_does_not_matter(images: Images) -> None:
+    single = list(loader(images, batch_size=8))
+    for world in (2, 4):
+        ranks = [loader(images, batch_size=8 // world, world_size=world, rank=r) for r in range(world)]
+        for whole, parts in zip(single, zip(*ranks, strict=True), strict=True):
+            assert same(whole, joined(list(parts)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_goes_on_at_the_next_sample(images: Images, workers: int) -> None:
+    whole = list(loader(images, iterations=6))
+    first = loader(images, iterations=6)
+    batches: Iterator[Batch] = iter(first)
+    for _ in range(2):
+        next(batches)
+    state = pickle.loads(pickle.dumps(first.dataset.state_dict(8, True)))
+    assert state == {"position": 8, "iteration": 2}
+    second = loader(images, iterations=6, num_workers=workers)
+    second.dataset.load_state_dict(state)
+    assert all(same(a, b) for a, b in zip(whole[2:], list(second), strict=True))
+    # A second interruption: Composer still counts from the beginning of the run.
+    assert second.dataset.state_dict(16, True) == {"position": 16, "iteration": 4}
+    assert second.dataset.state_dict(8, False) == {"position": 16, "iteration": 4}
+
+
+def test_resume_with_another_world_size(images: Images) -> None:
+    whole = list(loader(images, batch_size=8))
+    parts = []
+    for rank in range(2):
+        part = loader(images, batch_size=4, world_size=2, rank=rank)
+        part.dataset.load_state_dict({"position": 16, "iteration": 2})
+        parts.append(part)
+    for a, b in zip(whole[2:], zip(*parts, strict=True), strict=True):
+        assert same(a, joined(list(b)))
+
+
+def test_resume_with_another_batch_keeps_images_and_iterations(images: Images) -> None:
+    part = loader(images, batch_size=2, iterations=6)
+    part.dataset.load_state_dict({"position": 13, "iteration": 4})
+    batches = list(part)
+    assert len(batches) == 2
+    order_of_all = uniform_permutation(len(images), 3, 0)
+    assert torch.cat([b["index"] for b in batches]).tolist() == order_of_all[13:17].tolist()
+    assert np.array_equal(batches[1]["masks"].numpy(), batch_masks(MASKS, 3, 5, 2, np.arange(2)))
+    assert part.dataset.state_dict(15, True) == {"position": 15, "iteration": 5}
+
+
+def test_passes_draw_new_crops(images: Images) -> None:
+    few = FewImages([images[0]])
+    first, second = loader(few, batch_size=1, iterations=2)
+    assert first["index"].item() == second["index"].item() == 0
+    assert not torch.equal(first["global_crops"], second["global_crops"])
+
+
+def test_no_masks_and_no_local_crops(images: Images) -> None:
+    crops = CropSettings(global_crops_size=16, local_crops_number=0)
+    batch = next(iter(loader(images, crops=crops, masks=MaskSettings((8, 8), sample_probability=0.0))))
+    assert batch["local_crops"].shape == (4, 0, 3, 96, 96) and not batch["masks"].any()
+    assert batch["masks"].shape == (4, 2, 64)
+
+
+class FewImages:
+    """Stored images without shards."""
+
+    path, remote, shard_sizes = Path("elsewhere"), False, np.array([1])
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_undecodable_image_is_named(workers: int) -> None:
+    broken = FewImages([Sample(b"\x89PNG\r\n\x1a\nnothing", -1, "folder/cat.png")])
+    with pytest.raises(DataError, match=r"folder/cat\.png"):
+        list(loader(broken, num_workers=workers))

@@ -1,0 +1,141 @@
+"""Whole training steps against the reference's, through the code that trains: config, model, callbacks, Trainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from composer import Callback, Logger, State
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dinocomp.build import build_model, build_trainer
+from dinocomp.config import load_config
+from dinocomp.data import Batch
+from dinocomp.interop.names import published_name
+from dinocomp.method import DINOv2
+
+from .conftest import Recording, read
+
+
+def overrides(recording: Recording, folder: Path) -> list[str]:
+    """The recording's settings as `key=value` words."""
+
+    def flatten(tree: dict, prefix: str = "") -> list[str]:
+        words = []
+        for key, value in tree.items():
+            nested = isinstance(value, dict)
+            words += flatten(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}={_text(value)}"]
+        return words
+
+    config = {section: dict(keys) for section, keys in recording.meta["config"].items()}
+    config["student"] = {**config.get("student", {}), "arch": "custom", **recording.meta["backbone"]}
+    config["crops"] = {**config.get("crops", {}), "mean": [0.5] * 3, "std": [0.5] * 3}  # u8 / 127.5 - 1
+    config["train"] = {**config.get("train", {}), "output_dir": str(folder), "device": "cpu", "num_workers": 0}
+    config["loggers"] = {"period_iterations": 1}
+    return flatten(config)
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool | None) else str(value).replace("'", "")
+
+
+def batch(recording: Recording, step: int) -> Batch:
+    """A recorded crop-major batch as ours."""
+    inputs = recording.under(f"{step:02d}.in.")
+    size = len(inputs["global_u8"]) // 2
+
+    def by_image(crops: Tensor) -> Tensor:
+        return crops.unflatten(0, (-1, size)).transpose(0, 1).contiguous()
+
+    return Batch(
+        global_crops=by_image(inputs["global_u8"]),
+        local_crops=by_image(inputs["local_u8"]),
+        masks=by_image(inputs["masks"]),
+        index=torch.arange(size),
+    )
+
+
+class Recorder(Callback):
+    """The terms and the gradient norms of every step."""
+
+    def __init__(self, model: DINOv2, clip: Callback) -> None:
+        self.model, self.clip = model, clip
+        self.steps: list[tuple[dict[str, float], dict[str, float]]] = []
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        terms = {name: float(term) for name, term in self.model.terms.items()}
+        norms = {name: float(norm) for name, norm in self.clip.norms.items()}
+        self.steps.append((terms, norms))
+
+
+def distance(model: DINOv2, recording: Recording) -> float:
+    """|ours - final| / |final - init|, over all weights of student and teacher together."""
+    off = moved = 0.0
+    for role in ("student", "teacher"):
+        for network, net in model.networks(role).items():
+            ours = {name: weight.double() for name, weight in net.state_dict().items()}
+            prefix = f"final.{role}.{network}."
+            final = {published_name(name): w.double() for name, w in recording.under(prefix).items()}
+            init = {published_name(name): w.double() for name, w in recording.under(f"init.{network}.").items()}
+            assert ours.keys() == final.keys()
+            off += sum(float((ours[name] - final[name]).square().sum()) for name in final)
+            moved += sum(float((final[name] - init[name]).square().sum()) for name in final)
+    return (off / moved) ** 0.5
+
+
+def test_steps(steps_file: Path, tmp_path: Path) -> None:
+    recording = read(steps_file)
+    config = load_config(None, overrides(recording, tmp_path)).config
+    model = build_model(config)
+    for role in ("student", "teacher"):
+        for network, net in model.networks(role).items():
+            init = {published_name(name): w for name, w in recording.under(f"init.{network}.").items()}
+            net.load_state_dict(init)
+
+    steps = recording.meta["steps"]
+    loader = DataLoader([batch(recording, step) for step in range(steps)], batch_size=None)
+    trainer, _, _ = build_trainer(config, model, loader, pair=None, output=tmp_path)
+    clip = next(callback for callback in trainer.state.callbacks if type(callback).__name__ == "ClipGradients")
+    recorder = Recorder(model, clip)
+    trainer.state.callbacks.append(recorder)
+    trainer.fit(duration=f"{steps}ba")
+    trainer.close()
+
+    # The reference logs DINO and iBOT without their weights, and iBOT and KoLeo halved.
+    logged = {
+        "dino_global_crops_loss": ("dino_global", config.dino.loss_weight),
+        "dino_local_crops_loss": ("dino_local", config.dino.loss_weight),
+        "koleo_loss": ("koleo", 2),
+        "ibot_loss": ("ibot", 2 * config.ibot.loss_weight),
+    }
+    assert len(recorder.steps) == steps
+    for step, (terms, norms) in enumerate(recorder.steps):
+        expected = recording.under(f"{step:02d}.out.")
+        for name, value in expected.items():
+            if name.startswith("grad_norm."):
+                ours = norms[name.removeprefix("grad_norm.")]
+            else:
+                term, factor = logged[name]
+                ours = terms[term] / factor
+            assert ours == pytest.approx(float(value), rel=1e-5), f"step {step}: {name}"
+    assert distance(model, recording) < 1e-3
+
+
+def test_a_wrong_momentum_would_be_seen(golden_dir: Path, tmp_path: Path) -> None:
+    """The bound on the final weights is tight enough: a small error of the teacher's momentum breaks it."""
+    files = sorted(golden_dir.glob("steps_*.safetensors"))
+    if not files:
+        pytest.skip(f"no steps_* in {golden_dir}")
+    recording = read(files[0])
+    model = build_model(load_config(None, overrides(recording, tmp_path)).config)
+    for role in ("student", "teacher"):
+        for network, net in model.networks(role).items():
+            final = recording.under(f"final.{role}.{network}.")
+            net.load_state_dict({published_name(name): w for name, w in final.items()})
+    assert distance(model, recording) == pytest.approx(0, abs=1e-12)
+    teacher = model.networks("teacher")["backbone"]
+    init = recording.under("init.backbone.")
+    with torch.no_grad():
+        for name, weight in teacher.named_parameters():
+            weight.lerp_(init[name], 0.05)
+    assert distance(model, recording) > 1e-3

@@ -1,0 +1,141 @@
+"""Loss terms and targets in the corners."""
+
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from dinocomp.method.losses import Centering, SinkhornKnopp, build_targets, dino_loss, ibot_loss, koleo_loss
+
+
+def test_dino_without_local_crops_is_the_mean_over_two_pairs() -> None:
+    targets, student = torch.softmax(torch.randn(2, 3, 5), -1), torch.randn(2, 3, 5)
+    part, local = dino_loss(targets, student, None, 0.1)
+    expected = -(targets * torch.log_softmax(student / 0.1, -1)).sum(-1).mean()
+    assert local is None
+    torch.testing.assert_close(part, expected)
+
+
+def test_dino_is_the_mean_over_all_pairs() -> None:
+    """Written out pair by pair: 2 global and 2 * L local ones, each pair a mean over the images."""
+    targets = torch.softmax(torch.randn(2, 3, 5), -1)
+    globals_, locals_ = torch.randn(2, 3, 5), torch.randn(4, 3, 5)
+    pairs = [(targets[v], globals_[v]) for v in range(2)] + [(targets[v], crop) for v in range(2) for crop in locals_]
+    expected = sum(-(t * torch.log_softmax(s / 0.1, -1)).sum(-1).mean() for t, s in pairs) / len(pairs)
+    assert len(pairs) == 10
+    torch.testing.assert_close(sum(dino_loss(targets, globals_, locals_, 0.1)), expected)
+
+
+def test_ibot_weighs_crops_alike_and_counts_unmasked_ones() -> None:
+    masks = torch.zeros(4, 6, dtype=torch.bool)
+    masks[0, :1], masks[2, :4] = True, True
+    targets, logits = torch.softmax(torch.randn(5, 7), -1), torch.randn(5, 7)
+    terms = -(targets * torch.log_softmax(logits / 0.1, -1)).sum(-1)
+    expected = (terms[0] + terms[1:].mean()) / 4
+    weight = torch.tensor([1.0, 0.25, 0.25, 0.25, 0.25])
+    torch.testing.assert_close(ibot_loss(targets, logits, weight, 4, 0.1), expected)
+
+
+def test_koleo_of_twins_and_of_one_image_is_finite() -> None:
+    x = torch.randn(8, 16)
+    x[1] = x[0]
+    for rows in (x, x[:1], torch.ones(4, 16), torch.zeros(4, 16)):
+        rows = rows.clone().requires_grad_()
+        loss = koleo_loss(rows)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(rows.grad).all()
+    # Its own neighbour, at a distance of the epsilon alone: 15.4 for the 384 channels of a ViT-S.
+    torch.testing.assert_close(koleo_loss(torch.randn(1, 384)), torch.tensor(-math.log((384**0.5 + 1) * 1e-8)))
+
+
+def test_koleo_is_fp32_under_autocast() -> None:
+    x = torch.randn(8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(koleo_loss(x), koleo_loss(x.double()).float())
+
+
+@pytest.mark.parametrize("name", ["centering", "sinkhorn_knopp"])
+def test_padding_rows_change_nothing(name: str) -> None:
+    logits = torch.randn(6, 9)
+    padded = torch.cat([logits, torch.full((3, 9), 50.0)])
+    valid = torch.arange(9) < 6
+    plain, with_padding = (build_targets(name, 9, momentum=0.9, iterations=3) for _ in range(2))
+    for _ in range(2):
+        expected, ours = plain(logits, 0.05), with_padding(padded, 0.05, valid)
+        torch.testing.assert_close(ours[:6], expected)
+        assert torch.isfinite(ours).all()
+        plain.step()
+        with_padding.step()
+
+
+def test_centre_moves_once_a_step_by_all_rows() -> None:
+    a, b = torch.randn(4, 5), torch.randn(2, 5)
+    centering = Centering(5, 0.9)
+    for rows in (a, b):  # micro-batches of unequal size
+        torch.testing.assert_close(centering(rows, 0.1), torch.softmax(rows / 0.1, -1))
+    centering.step()
+    torch.testing.assert_close(centering.center[0], 0.1 * torch.cat([a, b]).mean(0))
+    before = centering.center.clone()
+    centering(a, 0.1, torch.zeros(4, dtype=torch.bool))  # nothing masked: nothing known
+    centering.step()
+    torch.testing.assert_close(centering.center, before)
+
+
+def test_sinkhorn_balances() -> None:
+    targets = SinkhornKnopp(50)(torch.randn(40, 8), 0.3)
+    torch.testing.assert_close(targets.sum(1), torch.ones(40))
+    torch.testing.assert_close(targets.sum(0), torch.full((8,), 5.0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e2, 1e4])
+def test_sinkhorn_of_any_logits_is_finite(scale: float) -> None:
+    targets = SinkhornKnopp()(scale * torch.randn(12, 20), 0.04)
+    assert torch.isfinite(targets).all()
+    assert SinkhornKnopp()(torch.zeros(0, 20), 0.04).shape == (0, 20)
+
+
+def test_unknown_targets() -> None:
+    with pytest.raises(ValueError, match="centering and sinkhorn_knopp"):
+        build_targets("center", 4, momentum=0.9, iterations=3)
+
+
+def test_step_zero_values() -> None:
+    """Spec 2.5: with K prototypes and bottleneck d, cross-entropy starts near ln K + 50 / d."""
+    torch.manual_seed(0)
+    prototypes, bottleneck, batch, local = 65536, 256, 4, 8
+
+    def logits(rows: int) -> torch.Tensor:
+        x = torch.nn.functional.normalize(torch.randn(rows, bottleneck), dim=1)
+        return x @ weight.T
+
+    weight = torch.nn.functional.normalize(torch.randn(prototypes, bottleneck), dim=1)
+    targets = Centering(prototypes)(logits(2 * batch), 0.04).unflatten(0, (2, batch))
+    parts = dino_loss(
+        targets, logits(2 * batch).unflatten(0, (2, batch)), logits(local * batch).view(local, batch, -1), 0.1
+    )
+    assert math.log(prototypes) + 50 / bottleneck == pytest.approx(11.286, abs=1e-3)
+    assert parts[0] == pytest.approx(1.254, abs=0.02) and parts[1] == pytest.approx(10.032, abs=0.03)
+
+
+def _rank(rank: int, world: int, port: int, logits: torch.Tensor, results) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    mine = logits[:3] if rank == 0 else logits[3:]  # unequal shares
+    centering = Centering(logits.shape[1])
+    centering(mine, 0.05)
+    centering.step()
+    results[rank] = (SinkhornKnopp()(mine, 0.05), centering.center)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_with_unequal_shares_are_one(free_port: int) -> None:
+    """Sinkhorn and the centre are over all ranks' rows, whoever has how many."""
+    logits = torch.randn(8, 12)
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank, (2, free_port, logits, results), nprocs=2)
+        targets = torch.cat([results[0][0], results[1][0]])
+        centers = [results[0][1], results[1][1]]
+    torch.testing.assert_close(targets, SinkhornKnopp()(logits, 0.05))
+    for center in centers:
+        torch.testing.assert_close(center[0], 0.1 * logits.mean(0))

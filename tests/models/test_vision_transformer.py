@@ -1,0 +1,187 @@
+"""The backbone beyond the recorded numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinocomp.models import VisionTransformer
+from dinocomp.models.attention import packed_attention
+from dinocomp.models.block import Block, kept_rows
+
+
+def tiny(**settings) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(
+        **{"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3} | settings
+    )
+
+
+def test_published_layouts() -> None:
+    """Names and shapes of the eight published backbones."""
+    layouts = json.loads((Path(__file__).parents[1] / "golden" / "data" / "pretrained_layouts.json").read_text())
+    sizes = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "giant2": (1536, 40, 24)}
+    for name, layout in layouts.items():
+        size = next(key for key in sizes if key in name)
+        embed_dim, depth, num_heads = sizes[size]
+        with torch.device("meta"):
+            model = VisionTransformer(
+                img_size=518,
+                patch_size=14,
+                embed_dim=embed_dim,
+                depth=depth,
+                num_heads=num_heads,
+                ffn_layer="swiglufused" if size == "giant2" else "mlp",
+                init_values=1.0,
+                num_register_tokens=4 if "reg4" in name else 0,
+            )
+        ours = {weight: list(tensor.shape) for weight, tensor in model.state_dict().items()}
+        assert ours == layout, name
+
+
+def test_parameter_counts() -> None:
+    """Sizes of a ViT-S/16 and a ViT-L/14 with SwiGLU, in millions (spec 1.3)."""
+    with torch.device("meta"):
+        small = VisionTransformer(embed_dim=384, depth=12, num_heads=6, init_values=1e-5)
+        large = VisionTransformer(
+            patch_size=14, embed_dim=1024, depth=24, num_heads=16, ffn_layer="swiglu", init_values=1e-5
+        )
+    assert sum(p.numel() for p in small.parameters()) / 1e6 == pytest.approx(21.68, abs=0.01)
+    assert sum(p.numel() for p in large.parameters()) / 1e6 == pytest.approx(303.66, abs=0.01)
+
+
+def test_packed_crops_do_not_see_each_other() -> None:
+    model = tiny().eval()
+    large, small = torch.randn(2, 3, 32, 32), torch.randn(3, 3, 16, 16)
+    together = model([large, small])
+    for packed, alone in zip(together, (model(large), model(small)), strict=True):
+        torch.testing.assert_close(packed.prenorm, alone.prenorm)
+    changed = model([large, small + torch.tensor([1.0, 0, 0]).view(3, 1, 1, 1)])
+    torch.testing.assert_close(changed[0].prenorm, together[0].prenorm)
+    torch.testing.assert_close(changed[1].prenorm[1:], together[1].prenorm[1:])
+    assert not torch.allclose(changed[1].prenorm[0], together[1].prenorm[0])
+
+
+def test_masks_hide_patches() -> None:
+    model = tiny().eval()
+    torch.nn.init.normal_(model.mask_token)
+    image = torch.randn(1, 3, 32, 32)
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 0] = True
+    other = image.clone()
+    other[..., :8, :8] += 1  # the first patch
+    torch.testing.assert_close(model(image, mask).prenorm, model(other, mask).prenorm)
+    assert not torch.allclose(model(image).prenorm, model(other).prenorm)
+
+
+def test_registers_come_after_the_class_token() -> None:
+    tokens = tiny(num_register_tokens=2).eval()(torch.randn(2, 3, 32, 32))
+    assert tokens.registers.shape == (2, 2, 24) and tokens.patches.shape == (2, 16, 24)
+    assert tokens.prenorm.shape == (2, 19, 24)
+
+
+def test_intermediate_layers() -> None:
+    model, image = tiny().eval(), torch.randn(2, 3, 32, 16)
+    ((patches, cls),) = model.get_intermediate_layers(image, n=[1], reshape=True)
+    assert patches.shape == (2, 24, 4, 2)
+    torch.testing.assert_close(cls, model(image).cls)
+    torch.testing.assert_close(patches.flatten(2).transpose(1, 2), model(image).patches)
+    with pytest.raises(ValueError, match="blocks 0 to 1"):
+        model.get_intermediate_layers(image, n=[2])
+
+
+def test_an_image_that_is_no_whole_number_of_patches() -> None:
+    with pytest.raises(ValueError, match="30 x 32 pixels is not a whole number of 8-pixel patches"):
+        tiny()(torch.zeros(1, 3, 30, 32))
+
+
+def test_initial_weights() -> None:
+    """Spec 1.3: which distribution each weight starts from."""
+    model = tiny(embed_dim=192, num_register_tokens=4, init_values=1e-5)
+    assert not model.mask_token.any()
+    assert model.cls_token.detach().std() < 1e-5 and model.register_tokens.detach().std() < 1e-5
+    assert model.pos_embed.detach().std() == pytest.approx(0.02, rel=0.1)
+    assert model.blocks[0].attn.qkv.weight.detach().std() == pytest.approx(0.02, rel=0.05)
+    assert not model.blocks[0].attn.qkv.bias.any()
+    assert (model.blocks[0].ls1.gamma == 1e-5).all()
+    bound = 1 / (3 * 8 * 8) ** 0.5
+    assert bound * 0.95 < model.patch_embed.proj.weight.abs().max() <= bound
+
+
+def test_the_keys_bias_is_without_effect_and_without_gradient() -> None:
+    """Adding it, as torch's own layer does, changes the output by rounding alone."""
+    model, image = tiny().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.qkv.bias)
+    ours = model(image).cls
+    ours.sum().backward()
+    for block in model.blocks:
+        query, key, value = block.attn.qkv.bias.grad.chunk(3)
+        assert query.any() and not key.any() and value.any()
+    for block in model.blocks:
+        block.attn.qkv.forward = lambda x, qkv=block.attn.qkv: torch.nn.Linear.forward(qkv, x)
+    torch.testing.assert_close(model(image).cls, ours)
+
+
+def test_drop_path_rates() -> None:
+    assert [block.drop_path for block in tiny(drop_path_rate=0.2, drop_path_uniform=True).blocks] == [0.2, 0.2]
+    assert [block.drop_path for block in tiny(drop_path_rate=0.2).blocks] == [0.0, 0.2]
+
+
+def test_drop_path_keeps_a_subset_and_its_mean() -> None:
+    """Spec 1.3: s = max(int(b * (1 - r)), 1) sequences, scaled by b / s, drawn for each crop size by itself."""
+    torch.manual_seed(0)
+    groups = [(7, 5), (3, 2)]
+    rows, scale, kept = kept_rows(groups, 0.3, torch.device("cpu"))
+    assert kept == [(4, 5), (2, 2)]
+    assert len(rows) == 24 == len(set(rows.tolist()))
+    assert set(scale[:20].flatten().tolist()) == {7 / 4} and set(scale[20:].flatten().tolist()) == {3 / 2}
+    sequence = rows[:20].view(4, 5)
+    assert (sequence == sequence[:, :1] + torch.arange(5)).all() and (sequence[:, 0] % 5 == 0).all()
+    assert (rows[20:] >= 35).all()
+
+    block = Block(24, 3, drop_path=0.5).double()
+    x = torch.randn(8 * 4, 24, dtype=torch.float64)
+    whole = block.eval()(x, [(8, 4)])
+    block.train()
+    mean = torch.stack([block(x, [(8, 4)]) for _ in range(3000)]).mean(0)
+    # The second branch sees what the first dropped, so the mean is near the whole, not at it.
+    assert (mean - whole).norm() < 0.05 * (whole - x).norm()
+
+
+def test_drop_path_of_one_sequence_keeps_it() -> None:
+    _, scale, kept = kept_rows([(1, 3)], 0.9, torch.device("cpu"))
+    assert kept == [(1, 3)] and (scale == 1).all()
+
+
+def test_gradients_flow_through_what_drop_path_keeps() -> None:
+    model = tiny(drop_path_rate=0.5, drop_path_uniform=True).train()
+    model([torch.randn(4, 3, 32, 32), torch.randn(4, 3, 16, 16)])[0].cls.sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert without == ["mask_token"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    """Half precision changes little and loses no type on the way."""
+    model, image = tiny(drop_path_rate=0.3, init_values=0.5).train(), torch.randn(4, 3, 32, 32)
+    with torch.autocast("cpu", dtype):
+        tokens = model(image)
+    assert torch.isfinite(tokens.cls).all()
+    model.eval()
+    with torch.autocast("cpu", dtype):
+        half = model(image).cls.float()
+    torch.testing.assert_close(half, model(image).cls, rtol=0.1, atol=0.1)
+
+
+def test_packed_attention_matches_attention_with_a_block_mask() -> None:
+    """Against one dense attention in which pairs of different sequences are masked out."""
+    groups = [(2, 3), (3, 4)]
+    q, k, v = torch.randn(3, 18, 2, 8).unbind(0)
+    owner = torch.repeat_interleave(torch.arange(5), torch.tensor([3, 3, 4, 4, 4]))
+    allowed = owner[:, None] == owner
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=allowed
+    ).transpose(0, 1)
+    torch.testing.assert_close(packed_attention(q, k, v, groups), dense)
