@@ -1,14 +1,15 @@
 """Images -> shards -> crops and masks -> batches."""
 
-from dinocomp.data.convert import Report
 from dinocomp.data.crops import CropSettings, multi_crop
 from dinocomp.data.images import decode_rgb
+from dinocomp.data.listing import ClassName, Source
 from dinocomp.data.loader import Batch, MultiCropDataset, training_loader
 from dinocomp.data.masks import MaskSettings, batch_masks, block_mask, max_masked_patches
 from dinocomp.data.order import TrainingOrder
 from dinocomp.data.reader import Images, Sample
+from dinocomp.data.report import Report
 from dinocomp.data.shards import count_images, ensure_shards, evaluation_pair, open_images
-from dinocomp.data.sources import ClassName, Source, find_sources
+from dinocomp.data.sources import find_sources
 
 __all__ = [
     "Batch",

@@ -18,60 +18,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dinocomp.data.listing import Source
 from dinocomp.data.part import Job, gunzip, initialise_worker, write_part
 from dinocomp.data.progress import Progress
-from dinocomp.data.sources import Source, find_sources, hold_out
+from dinocomp.data.report import MANIFEST, Report, SplitReport, split_report
+from dinocomp.data.sources import find_sources, hold_out
 from dinocomp.errors import DataError
 
 FORMAT_VERSION = 1
-MANIFEST = "dinocomp.json"
 PART_IMAGES = 2048  # about 230 MB of ImageNet; a kill loses at most this much work for each worker
 _SHUFFLE_SEED = 0
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """What became of one split."""
-
-    split: str
-    path: str
-    kind: str
-    samples: int
-    classes: int
-    size: int  # bytes of the shards
-    unreadable: list[list[str]]  # [key, reason]
-    skipped: int  # files that are no images
-    notes: list[str]
-    reused: bool  # it had been converted before
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did."""
-
-    splits: list[SplitReport]
-    seconds: float
-
-    def summary(self) -> str:
-        """The report as text for the terminal."""
-        lines = []
-        for split in self.splits:
-            state = "already converted" if split.reused else f"from {split.kind}"
-            labels = f"{split.classes} classes" if split.classes else "no labels"
-            lines.append(f"{split.path}: {split.samples} images, {labels}, {split.size / 1e6:.1f} MB ({state})")
-            if split.skipped:
-                lines.append(f"  {split.skipped} other files (not images, or hidden) were left aside")
-            lines += [f"  note: {note}" for note in split.notes]
-            if split.unreadable:
-                lines.append(f"  {len(split.unreadable)} unreadable images were left out (all in {MANIFEST}):")
-                lines += [f"    {key}: {reason}" for key, reason in split.unreadable[:20]]
-        return "\n".join([*lines, f"done in {self.seconds:.1f} s"])
 
 
 def convert(
@@ -105,7 +67,8 @@ def convert(
         sources: what to convert, if it has been listed already.
 
     Raises:
-        DataError: no such source, no images, unreadable images with `strict`, or `dst` holds other data.
+        DataError: no such source, no images, unreadable images with `strict`, `dst` holds other data or cannot be
+            written to.
     """
     begin = time.monotonic()
     if max_size is not None and max_size < 1:
@@ -119,10 +82,19 @@ def convert(
     settings = {"max_size": max_size, "compression": compression, "part_images": part_images}
     target = Path(dst).expanduser()
     _make_folder(target)
-    reports = []
-    with _alone_in(target):
-        for source in sources.values():
-            reports.append(_convert_split(source, target, settings, workers or available_cores(), strict, progress))
+    workers = workers or available_cores()
+    try:
+        with _alone_in(target):
+            reports = [_convert_split(s, target, settings, workers, strict, progress) for s in sources.values()]
+    except OSError as error:  # a full disk, a read-only folder; images that cannot be read do not end up here
+        raise DataError(
+            f"writing to {target} failed: {error}; mend that and run the same again, finished parts are kept"
+        ) from error
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a worker process died while converting to {target}, perhaps for want of memory; run the same again with "
+            "fewer --workers, finished parts are kept"
+        ) from error
     return Report(reports, time.monotonic() - begin)
 
 
@@ -165,7 +137,7 @@ def _convert_split(
             )
         shutil.rmtree(partial, ignore_errors=True)
         _refuse(manifest["unreadable"], strict)
-        return _report(manifest, final, reused=True)
+        return split_report(manifest, final, reused=True)
     if progress:
         print(f"converting {len(source.items)} images of {source.origin} to {final}", file=sys.stderr, flush=True)
     _prepare(partial, wanted)
@@ -182,7 +154,7 @@ def _convert_split(
         final.rmdir()  # an empty folder
     shards.rename(final)
     shutil.rmtree(partial)
-    return _report(manifest, final, reused=False)
+    return split_report(manifest, final, reused=False)
 
 
 def _prepare(partial: Path, wanted: dict[str, Any]) -> None:
@@ -248,7 +220,10 @@ def _results(jobs: list[Job], workers: int, advance: Callable[[int], None]) -> I
 def _unpacked(jobs: list[Job], partial: Path) -> list[Job]:
     """Compressed tars cannot be read from the middle: unpack each once, beside the parts, and point the jobs there."""
     packed = sorted({i.path for job in jobs for i in job.items if i.offset >= 0 and i.path.lower().endswith("gz")})
-    plain = {path: gunzip(path, partial / "unpacked" / f"{n:05d}.tar") for n, path in enumerate(packed)}
+    plain = {}
+    for path in packed:  # named after the file, not its place: after an interruption fewer of them are left
+        name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+        plain[path] = gunzip(path, partial / "unpacked" / f"{name}.tar")
     if not plain:
         return jobs
     return [job._replace(items=[i._replace(path=plain.get(i.path, i.path)) for i in job.items]) for job in jobs]
@@ -269,21 +244,6 @@ def _manifest(source: Source, done: list[dict[str, Any]]) -> dict[str, Any]:
         "notes": list(source.notes),
         "columns": {"image": "bytes of the image file", "label": "index into classes, -1 for none", "key": "name"},
     }
-
-
-def _report(manifest: dict[str, Any], path: Path, *, reused: bool) -> SplitReport:
-    return SplitReport(
-        split=manifest["split"],
-        path=str(path),
-        kind=manifest["kind"],
-        samples=manifest["samples"],
-        classes=len(manifest["classes"]),
-        size=manifest["bytes"],
-        unreadable=manifest["unreadable"],
-        skipped=manifest["skipped"],
-        notes=manifest["notes"],
-        reused=reused,
-    )
 
 
 def _refuse(unreadable: list[list[str]], strict: bool) -> None:

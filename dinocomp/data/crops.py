@@ -13,6 +13,7 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from dinocomp.data.pixels import adjust_hue, gaussian_blur
 from dinocomp.errors import ConfigError
 
 GLOBAL_CROPS = 2  # the losses pair exactly two views
@@ -83,7 +84,7 @@ _JITTER = {
     "brightness": F.adjust_brightness,
     "contrast": F.adjust_contrast,
     "saturation": F.adjust_saturation,
-    "hue": F.adjust_hue,
+    "hue": adjust_hue,
 }
 
 
@@ -173,7 +174,7 @@ def apply_crop(image: torch.Tensor, size: int, parameters: CropParameters, setti
     if parameters.grayscale:
         crop = F.rgb_to_grayscale(crop, num_output_channels=3)
     if parameters.blur_sigma is not None:
-        crop = F.gaussian_blur(crop, [settings.blur_kernel_size] * 2, [parameters.blur_sigma] * 2)
+        crop = gaussian_blur(crop, settings.blur_kernel_size, parameters.blur_sigma)
     if parameters.solarize:
         crop = F.solarize(crop, float(settings.solarize_threshold))
     return crop

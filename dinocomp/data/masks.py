@@ -151,7 +151,7 @@ def max_masked_patches(settings: MaskSettings, global_batch: int, world_size: in
     its i-th smallest stratum lies among the strata iW..(i+1)W-1, and the bound is the sum over i of
     int(N * edges[min((i+1) * W, n)]). It lies above the mean by about 0.67 / (masked crops of a rank) for ratios 0.1 to
     0.5: 1 % at 64 images a rank, 2 % at 32. For other world sizes the rank's parts are bounded one by one and added,
-    which is looser: by one stratum for each part.
+    which is looser: 43 % above the mean for 96 ranks of 32 images, of which the busiest does come within 20 %.
 
     Raises:
         ConfigError: the global batch is not a multiple of the world size.

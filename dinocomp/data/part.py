@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dinocomp.data.images import checked_bytes, encode
-from dinocomp.data.sources import DIGITS, Item
+from dinocomp.data.listing import DIGITS, Item
 from dinocomp.errors import DataError
 
 COLUMNS = {"image": "bytes", "label": "int", "key": "str"}

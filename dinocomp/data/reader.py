@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinocomp.data.convert import MANIFEST, read_manifest
-from dinocomp.data.sources import NO_LABEL, ClassName
+from dinocomp.data.convert import read_manifest
+from dinocomp.data.listing import NO_LABEL, ClassName
+from dinocomp.data.report import MANIFEST
 from dinocomp.errors import DataError
 
 INDEX = "index.json"
@@ -50,6 +51,7 @@ class Images:
         self.path = path
         self.remote = remote
         self.shard_sizes = np.array([shard.samples for shard in shards.shards], dtype=np.int64)  # [shards]
+        self._length = int(self.shard_sizes.sum())
         self.classes = [ClassName(entry["id"], entry["name"]) for entry in (manifest or {}).get("classes", [])]
         self._shards = shards
         columns = shards.shards[0].column_names
@@ -70,11 +72,11 @@ class Images:
             shard.column_encodings[where] = "bytes"
 
     def __len__(self) -> int:
-        return int(self.shard_sizes.sum())
+        return self._length
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+        if not 0 <= index < self._length:
+            raise IndexError(f"image {index} of {self._length}")
         try:
             sample = self._shards[index]
         except (OSError, RuntimeError, ValueError, IndexError) as error:

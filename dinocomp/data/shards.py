@@ -2,13 +2,16 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from dinocomp.data.convert import convert, listing_digest, read_manifest
+from dinocomp.data.listing import DIGITS, Source
 from dinocomp.data.reader import INDEX, Images, cached_index, open_local, open_remote, read_index
-from dinocomp.data.sources import DIGITS, TAR_ENDINGS, Source, find_sources
+from dinocomp.data.sources import find_sources
+from dinocomp.data.tars import TAR_ENDINGS
 from dinocomp.errors import DataError
 
 GRAMMAR = (
@@ -16,6 +19,7 @@ GRAMMAR = (
     "a .tar file, ImageNet:split=TRAIN:root=ROOT:extra=EXTRA, or digits"
 )
 _SPLITS = ("train", "val", "test")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,7 @@ def ensure_shards(dataset_path: str, cache_dir: str = "", split: str = "train") 
     sources = address.find()
     source = _pick(sources, address)
     home = _home(address, sources)
-    manifest = read_manifest(home / source.split)
-    if manifest is None or manifest["digest"] != listing_digest(source):
+    if read_manifest(home / source.split) is None:
         convert(address.text, str(home), sources={source.split: source})
     return str(home / source.split)
 
@@ -148,7 +151,7 @@ def parse(dataset_path: str, split: str = "train", cache_dir: str = "") -> Addre
     if dataset_path == DIGITS:
         return Address(DIGITS, split, find=lambda: find_sources(DIGITS), home=cache / DIGITS)
     name, colon, rest = dataset_path.partition(":")
-    if name == "ImageNet22k":
+    if name == "ImageNet22k" and (colon or not Path(name).exists()):
         raise DataError(
             "ImageNet22k is not read in the reference's layout (memory-mapped tars with hand-made indices); convert "
             "its tar files once with `dinocomp convert FOLDER_OF_TARS DST` and set train.dataset_path=DST"
@@ -203,7 +206,7 @@ def _home(address: Address, sources: dict[str, Source]) -> Path:
     return address.home / _mark("".join(listing_digest(sources[split]) for split in sorted(sources)))
 
 
-def _pick(splits: dict, address: Address):
+def _pick(splits: Mapping[str, T], address: Address) -> T:
     """The wanted split; of a single one there is no choice, unless its name says that it is another one."""
     if address.split in splits:
         return splits[address.split]

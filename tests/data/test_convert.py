@@ -2,6 +2,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -142,6 +144,50 @@ def test_tars(src: Path, tmp_path: Path, ending: str) -> None:
     run(src, tmp_path / "files")
     assert by_key(open_images(str(tmp_path / "dst"))) == by_key(open_images(str(tmp_path / "files")))
     assert not list((tmp_path / "dst").rglob("*.tar"))
+
+
+def test_compressed_tars_after_an_interruption(src: Path, tmp_path: Path, monkeypatch) -> None:
+    """Tars finished before the interruption are not unpacked again; the others must not be mistaken for them."""
+    (tmp_path / "tars").mkdir()
+    for name in ("cat", "dog", "emu"):
+        with tarfile.open(tmp_path / "tars" / f"{name}.tgz", "w:gz") as tar:
+            for path in sorted((src / name).iterdir()):
+                tar.add(path, path.name)
+    import dinocomp.data.convert as module
+
+    def stop_at_last(job, advance):
+        if job.number == 14:
+            raise Stopped
+        return write_part(job, advance)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_part", stop_at_last)
+        with pytest.raises(Stopped):
+            run(tmp_path / "tars", tmp_path / "dst", part_images=1)
+    run(tmp_path / "tars", tmp_path / "dst", part_images=1)
+    run(src, tmp_path / "files")
+    assert by_key(open_images(str(tmp_path / "dst"))) == by_key(open_images(str(tmp_path / "files")))
+
+
+def test_names_that_are_not_text(tmp_path: Path, png) -> None:
+    (tmp_path / "src").mkdir()
+    with open(os.fsencode(tmp_path / "src") + b"/caf\xe9.png", "wb") as file:
+        file.write(png())
+    run(tmp_path / "src", tmp_path / "dst")
+    assert list(by_key(open_images(str(tmp_path / "dst")))) == ["caf\\udce9.png"]
+
+
+def test_a_full_disk(src: Path, tmp_path: Path, monkeypatch) -> None:
+    from streaming import MDSWriter
+
+    def full(self, sample):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MDSWriter, "write", full)
+        with pytest.raises(DataError, match=r"No space left.*finished parts are kept"):
+            run(src, tmp_path / "dst")
+    assert run(src, tmp_path / "dst").splits[0].samples == 15
 
 
 def test_again_is_nothing_to_do(src: Path, tmp_path: Path) -> None:
@@ -286,3 +332,40 @@ def test_a_place_that_cannot_be_written(src: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="cannot be made"):
         run(src, tmp_path / "file" / "dst")
+
+
+def _descendants(pid: int) -> set[int]:
+    try:
+        children = {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    except OSError:
+        return set()
+    return children.union(*(_descendants(child) for child in children))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
+def test_kill_9_with_worker_processes(tmp_path: Path, write_images) -> None:
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    write_images(src, [f"{c}/{n}.bmp" for c in ("cat", "dog") for n in range(1500)])
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from dinocomp.data.convert import convert\n"
+        f"if __name__ == '__main__':\n    convert({str(src)!r}, {str(dst)!r}, workers=2, part_images=20)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script)], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    deadline = time.monotonic() + 120
+    while not list(dst.glob(".train.partial/done/*.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = _descendants(process.pid)
+    process.kill()
+    process.wait()
+    assert not (dst / "train").exists() and len(workers) >= 3  # two, and the server they are forked from
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    run(src, dst, part_images=20, workers=2)
+    run(src, tmp_path / "whole", part_images=20)
+    assert contents(dst / "train") == contents(tmp_path / "whole" / "train")

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinocomp.data.sources import ClassName, Source, find_sources, hold_out
+from dinocomp.data.listing import ClassName, Source
+from dinocomp.data.sources import find_sources, hold_out
 from dinocomp.errors import DataError
 
 
