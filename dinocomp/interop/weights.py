@@ -1,5 +1,7 @@
 """Weights to start from: a teacher file, a checkpoint of a run, or a published backbone."""
 
+import logging
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +13,10 @@ from torch import Tensor, nn
 
 from dinocomp.errors import WeightsError
 from dinocomp.interop.names import published_name
+from dinocomp.models import VisionTransformer
+from dinocomp.models.embeddings import interpolate_pos_embed
+
+log = logging.getLogger(__name__)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -71,13 +77,29 @@ def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
     net.load_state_dict(tensors)
 
 
-def load_backbone(net: nn.Module, path: str | Path) -> None:
+def load_backbone(net: VisionTransformer, path: str | Path) -> None:
     """Weights of a backbone, published or of a run (then its teacher's), into `net`.
+
+    Position embeddings of another square grid (published weights have 37 x 37) are resampled to the network's, and a
+    message says so.
 
     Raises:
         WeightsError: as `read_tensors` and `load_strictly`.
     """
-    load_strictly(net, _backbone_of(read_tensors(path)), str(path))
+    tensors = _backbone_of(read_tensors(path))
+    if "pos_embed" in tensors:
+        tensors["pos_embed"] = _fit_pos_embed(tensors["pos_embed"], net.pos_embed.shape[1], path)
+    load_strictly(net, tensors, str(path))
+
+
+def _fit_pos_embed(pos_embed: Tensor, length: int, path: str | Path) -> Tensor:
+    """[1, 1 + M * M, D] -> [1, length, D], where both are a class token and a square grid; else as it is."""
+    have, want = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(length - 1)
+    if have == want or have * have != pos_embed.shape[1] - 1 or want * want != length - 1:
+        return pos_embed
+    log.info("position embeddings of %s: %d x %d patches resampled to %d x %d", path, have, have, want, want)
+    patches = interpolate_pos_embed(pos_embed[:, 1:], (want, want), offset=0.0, antialias=True)
+    return torch.cat([pos_embed[:, :1], patches], dim=1)
 
 
 def _backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
