@@ -68,11 +68,11 @@ class OnlineEvaluation(Callback):
         self.ks, self.temperature = ks, temperature
         self.loading = {"batch_size": batch_size, "num_workers": num_workers, "autocast": autocast}
         self.export_teacher = export_teacher
-        self.accuracy: dict[int, dict[int, float]] = {}
+        self.accuracy = _read(self.path)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         finished = int(state.timestamp.batch)
-        self.accuracy = {i: a for i, a in _read(self.path).items() if i <= finished}
+        self.accuracy = {i: a for i, a in self.accuracy.items() if i <= finished}
         if self.at_start and finished == 0:
             self._evaluate(0, logger)
 

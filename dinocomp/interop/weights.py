@@ -4,8 +4,10 @@ import logging
 import math
 import pickle
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,6 +19,16 @@ from dinocomp.models import VisionTransformer
 from dinocomp.models.embeddings import interpolate_pos_embed
 
 log = logging.getLogger(__name__)
+
+# What Composer's checkpoints hold beside tensors: times, versions and the states of numpy's generator. All are plain.
+_PLAIN = [
+    timedelta,
+    torch.torch_version.TorchVersion,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    np.empty(0).__reduce__()[0],  # how numpy rebuilds an array; its module differs between numpy 1 and 2
+]
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -34,7 +46,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_PLAIN):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} holds more than tensors and plain values, which could run code when it is loaded: {error}\n"

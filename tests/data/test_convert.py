@@ -314,7 +314,7 @@ def test_two_at_once(src: Path, tmp_path: Path) -> None:
 
 def test_digits(tmp_path: Path) -> None:
     report = convert("digits", str(tmp_path), workers=1, progress=False)
-    assert {split.split: split.samples for split in report.splits} == {"train": 1437, "val": 360}
+    assert {split.split: split.samples for split in report.splits} == {"train": 1438, "val": 359}
     image = decode_rgb(open_images(str(tmp_path), split="val")[0].image)
     assert image.shape == (3, 8, 8) and int(image.max()) == 255 and image[0].equal(image[2])
 

@@ -201,7 +201,7 @@ def test_evaluation_pair(shards: Path, layout: Path, tmp_path: Path, cache: str,
         return [len(images) for images in pair] if pair else []
 
     assert sizes(str(shards)) == sizes(str(shards / "train")) == sizes(str(layout)) == [10, 2]
-    assert sizes("digits") == [1437, 360]
+    assert sizes("digits") == [1438, 359]
     write_images(tmp_path / "flat", ["a.png", "b.png"])
     assert sizes(str(tmp_path / "flat")) == [] == sizes(str(layout / "val"))
     assert sizes(str(tmp_path / "flat"), str(layout / "train"), str(layout / "val")) == [10, 2]

@@ -1,0 +1,52 @@
+"""A run small enough for a test."""
+
+import json
+from pathlib import Path
+
+TINY = {
+    "train.dataset_path": "digits",
+    "train.batch_size_per_gpu": 8,
+    "train.num_workers": 0,
+    "train.OFFICIAL_EPOCH_LENGTH": 4,
+    "train.device": "cpu",
+    "student.arch": "custom",
+    "student.embed_dim": 24,
+    "student.depth": 2,
+    "student.num_heads": 3,
+    "student.patch_size": 4,
+    "student.drop_path_rate": 0.3,
+    "dino.head_n_prototypes": 32,
+    "dino.head_hidden_dim": 32,
+    "dino.head_bottleneck_dim": 16,
+    "ibot.head_n_prototypes": 24,
+    "ibot.head_hidden_dim": 32,
+    "ibot.head_bottleneck_dim": 16,
+    "crops.global_crops_size": 16,
+    "crops.local_crops_size": 8,
+    "crops.local_crops_number": 2,
+    "optim.epochs": 3,
+    "optim.warmup_epochs": 1,
+    "teacher.warmup_teacher_temp_epochs": 1,
+    "evaluation.eval_period_iterations": 100,
+    "evaluation.knn_k": "[5]",
+    "checkpoint.save_frequency": 1,
+    "loggers.period_iterations": 1,
+}
+
+
+def words(output: Path, **changes) -> list[str]:
+    """`key=value` words of a run of 12 iterations on digits; a change is named like its key, with __ for the dot."""
+    keys = TINY | {"train.output_dir": output} | {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"{name}={value}" for name, value in keys.items()]
+
+
+def yaml_of_nothing(folder: Path) -> str:
+    """A YAML that changes nothing, for runs that are all words."""
+    path = folder / "run.yaml"
+    path.write_text("train:\n  seed: 0\n")
+    return str(path)
+
+
+def metrics(output: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,217 @@
+"""Whole runs, as one types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from composer.utils import dist, get_device
+from PIL import Image
+
+import dinocomp
+from dinocomp.build import build_run
+from dinocomp.config import load_config
+from dinocomp.train import main
+
+from .helpers import metrics, words, yaml_of_nothing
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs share the digits' shards, but not the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def launch(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """`composer -n processes dinocomp/train.py ...` from a checkout."""
+    launcher = Path(sys.executable).with_name("composer")
+    command = [launcher, "-n", str(processes), "dinocomp/train.py", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def weights(output: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint that is a tensor, flattened, by its place."""
+    found = {}
+
+    def walk(node: object, place: str) -> None:
+        if isinstance(node, torch.Tensor):
+            found[place] = node
+        elif isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{place}/{key}")
+
+    path = output / "checkpoints" / f"iteration-{iteration:08d}.pt"
+    state = torch.load(path, map_location="cpu", weights_only=False)["state"]
+    walk({"model": state["model"], "optimizers": state["optimizers"]}, "")
+    return found
+
+
+def test_a_run_from_the_command_line(tmp_path: Path) -> None:
+    """What lies in the output folder, that the same command again finds it finished, and that more epochs go on."""
+    output = tmp_path / "run"
+    changes = {"evaluation__at_start": "true", "evaluation__eval_period_iterations": 6}
+    done = launch("quickstart", *words(output, **changes))
+    assert done.returncode == 0, done.stderr
+    assert "[12/12] eta 0:00:00" in done.stdout and "images/s" in done.stdout and "data wait" in done.stdout
+    assert f"teacher: {output / 'teacher.safetensors'}" in done.stdout
+    assert "before training" in done.stdout
+
+    lines = metrics(output)
+    assert [line["iteration"] for line in lines] == list(range(1, 13))
+    names = {"loss/dino_local", "loss/dino_global", "loss/koleo", "loss/ibot", "grad_norm/backbone", "lr", "momentum"}
+    assert names | {"weight_decay", "teacher_temp", "images_per_second", "data_wait"} <= lines[0].keys()
+    terms = sum(value for name, value in lines[3].items() if name.startswith("loss/"))
+    assert lines[3]["loss"] == pytest.approx(terms)
+    assert "iteration-00000012.pt" in {path.name for path in (output / "checkpoints").iterdir()}
+    assert (output / "evaluation" / "iteration-00000006" / "teacher.safetensors").exists()
+    evaluated = [json.loads(line)["iteration"] for line in (output / "evaluation.jsonl").read_text().splitlines()]
+    assert evaluated == [0, 6, 12]
+    assert "[7/12]" in (output / "train.log").read_text()
+    assert Image.open(output / "pictures" / "first_batch.png").size == (6 * 116, 8 * 116)
+    backbone = dinocomp.load_teacher(output / "teacher.safetensors")
+    assert backbone(torch.zeros(1, 3, 16, 16)).cls.shape == (1, 24)
+
+    again = launch("quickstart", *words(output, **changes))
+    assert again.returncode == 0 and "this run is finished" in again.stdout and "before training" in again.stdout
+    more = launch("quickstart", *words(output, **changes, optim__epochs=4))
+    assert more.returncode == 0 and "resuming from" in more.stdout
+    assert [line["iteration"] for line in metrics(output)] == list(range(1, 17))
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Two ranks of 4 images train as one of 8: the same crops and masks, and the same terms but for rounding."""
+    same = {"train__centering": "sinkhorn_knopp", "student__drop_path_rate": 0, "dino__koleo_loss_weight": 0}
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        # The learning rate follows the global batch, which is the same.
+        done = launch(
+            "quickstart", *words(output, **same, train__batch_size_per_gpu=8 // processes), processes=processes
+        )
+        if done.returncode and "DistNetworkError" in done.stderr:  # the launcher's race for a free port
+            done = launch(
+                "quickstart", *words(output, **same, train__batch_size_per_gpu=8 // processes), processes=processes
+            )
+        assert done.returncode == 0, done.stderr
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss/dino_local", "loss/dino_global", "loss/ibot", "lr"):
+            assert a[name] == pytest.approx(b[name], rel=2e-3), (a["iteration"], name)
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, centering: str, workers: int) -> None:
+    """Bit for bit: weights, optimizer, centres; with drop path and masks drawn on the way."""
+    changes = {"train__centering": centering, "train__num_workers": workers, "ibot__separate_head": "true"}
+
+    def run(output: Path, iterations: int | None) -> None:
+        dist.initialize_dist(get_device("cpu"))
+        output.mkdir(exist_ok=True)
+        run = build_run(load_config(None, words(output, **changes)).config)
+        run.trainer.fit() if iterations is None else run.trainer.fit(duration=f"{iterations}ba")
+        run.trainer.close()
+
+    run(tmp_path / "whole", None)
+    run(tmp_path / "parts", 6)  # two iterations after the checkpoint of iteration 4, which are lost
+    assert [line["iteration"] for line in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+    run(tmp_path / "parts", None)
+    whole, parts = (weights(tmp_path / name, 12) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and len(whole) > 50
+    differing = [name for name in whole if not torch.equal(whole[name], parts[name])]
+    assert not differing
+    timeless = ("images_per_second", "seconds_per_iteration", "data_wait")
+    logged = [
+        [{k: v for k, v in m.items() if k not in timeless} for m in metrics(tmp_path / n)] for n in ("whole", "parts")
+    ]
+    assert logged[0] == logged[1]
+
+
+def test_written_config_reproduces_the_run(tmp_path: Path) -> None:
+    assert main([yaml_of_nothing(tmp_path), *words(tmp_path / "a", optim__epochs=1), "recipes=[registers]"]) == 0
+    assert main([str(tmp_path / "a" / "config.yaml"), f"train.output_dir={tmp_path / 'b'}"]) == 0
+    a, b = (torch.load(tmp_path / n / "checkpoints" / "iteration-00000004.pt", weights_only=False) for n in "ab")
+    for name, weight in a["state"]["model"].items():
+        assert torch.equal(weight, b["state"]["model"][name]), name
+    assert yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["student"]["num_register_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    "off",
+    [
+        {"dino__loss_weight": 0},
+        {"dino__loss_weight": 0, "ibot__separate_head": "true"},
+        {"ibot__loss_weight": 0},
+        {"crops__local_crops_number": 0},
+        {"dino__koleo_loss_weight": 0, "ibot__mask_sample_probability": 0.01},
+        {"dino__loss_weight": 0, "ibot__loss_weight": 0},
+    ],
+    ids=lambda off: "+".join(off),
+)
+def test_every_switch_works(tmp_path: Path, off: dict) -> None:
+    """The reference crashes without DINO or without local crops."""
+    assert main([yaml_of_nothing(tmp_path), *words(tmp_path / "run", **off, optim__epochs=1)]) == 0
+    last = metrics(tmp_path / "run")[-1]
+    assert all(torch.isfinite(torch.tensor(value)) for value in last.values())
+    for key, terms in (("dino__loss_weight", ("dino_local", "dino_global")), ("ibot__loss_weight", ("ibot",))):
+        for term in terms:
+            if key in off:
+                assert f"loss/{term}" not in last
+
+
+def test_weights_to_start_from(tmp_path: Path) -> None:
+    """A checkpoint gives student and teacher, a teacher file the teacher twice, a backbone the backbone."""
+    nothing = yaml_of_nothing(tmp_path)
+    assert main([nothing, *words(tmp_path / "first", optim__epochs=2)]) == 0
+    checkpoint, teacher = tmp_path / "first/checkpoints/iteration-00000008.pt", tmp_path / "first/teacher.safetensors"
+    saved = torch.load(checkpoint, weights_only=False)["state"]["model"]
+    dist.initialize_dist(get_device("cpu"))
+
+    def start(**changes) -> dict[str, torch.Tensor]:
+        run = build_run(load_config(None, words(tmp_path / "second", **changes)).config)
+        run.trainer.close()
+        return run.model.state_dict()
+
+    prefix = "student_backbone.net."
+    ours = start(MODEL__WEIGHTS=checkpoint)
+    assert all(torch.equal(ours[name], weight) for name, weight in saved.items() if "center" not in name)
+    ours = start(MODEL__WEIGHTS=teacher)
+    assert all(torch.equal(ours[n], saved[n.replace("student", "teacher")]) for n in ours if "center" not in n)
+    ours = start(student__pretrained_weights=teacher)
+    assert all(torch.equal(ours[n], saved[n.replace("student", "teacher")]) for n in ours if n.startswith(prefix))
+    assert not torch.equal(ours["student_dino_head.net.mlp.0.weight"], saved["teacher_dino_head.net.mlp.0.weight"])
+
+
+def test_resume_by_key(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nothing = yaml_of_nothing(tmp_path)
+    assert main([nothing, *words(tmp_path / "run", checkpoint__resume="must")]) == 2
+    assert "there is no checkpoint in" in capsys.readouterr().err
+    assert main([nothing, *words(tmp_path / "run", optim__epochs=1)]) == 0
+    assert main([nothing, *words(tmp_path / "run", checkpoint__resume="never")]) == 2
+    assert "holds 1 checkpoints (the newest: iteration-00000004.pt)" in capsys.readouterr().err
+
+
+def test_mistakes_are_messages(tmp_path: Path) -> None:
+    done = launch("quickstart", "train.batchsize=3", f"train.output_dir={tmp_path / 'run'}")
+    assert done.returncode != 0
+    assert "train.batchsize" in done.stderr and "train.batch_size_per_gpu" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_unlabelled_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A folder of images without classes trains, and the summary says that nothing was evaluated."""
+    folder = tmp_path / "photos" / "2024"
+    folder.mkdir(parents=True)
+    for i in range(20):
+        Image.new("RGB", (30 + i, 40), (12 * i, 100, 50)).save(folder / f"{i}.jpg")
+    path = {"train__dataset_path": tmp_path / "photos", "optim__epochs": 1}
+    assert main([yaml_of_nothing(tmp_path), *words(tmp_path / "run", **path)]) == 0
+    assert "not evaluated" in capsys.readouterr().out
+    assert len(metrics(tmp_path / "run")) == 4
