@@ -124,12 +124,12 @@ def precision(config: Config, on_gpu: bool) -> str:
     is the reference's default, not a wish.
 
     Raises:
-        ConfigError: fp16 on a CPU, which cannot train in it.
+        ConfigError: bf16 or fp16 on a CPU, on which Composer trains in fp32 only.
     """
     wanted = config.performance.precision
-    if wanted == "fp16" and not on_gpu:
+    if wanted in ("bf16", "fp16") and not on_gpu:
         raise ConfigError(
-            "performance.precision=fp16 needs a GPU. Type performance.precision=fp32 to train on this CPU."
+            f"performance.precision={wanted} needs a GPU. Type performance.precision=fp32 to train on this CPU."
         )
     if wanted != "auto":
         return wanted

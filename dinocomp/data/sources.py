@@ -25,7 +25,6 @@ from dinocomp.data.tars import TAR_ENDINGS, tar_sources
 from dinocomp.errors import DataError
 
 
-
 def find_sources(src: str | Path, extra: str | Path | None = None) -> dict[str, Source]:
     """Find out what `src` is and list its splits.
 

@@ -68,9 +68,9 @@ def test_precision() -> None:
     assert d.precision(made(f"{asked}=bf16"), False) == "fp32"
     for wanted in ("fp32", "bf16", "fp16"):
         assert d.precision(made(f"performance.precision={wanted}", f"{asked}=bf16"), True) == wanted
-    assert d.precision(made("performance.precision=bf16"), False) == "bf16"
-    with pytest.raises(ConfigError, match=r"performance\.precision=fp32"):
-        d.precision(made("performance.precision=fp16"), False)
+    for wanted in ("bf16", "fp16"):
+        with pytest.raises(ConfigError, match=r"performance\.precision=fp32"):
+            d.precision(made(f"performance.precision={wanted}"), False)
 
 
 def test_evaluation_crop() -> None:
