@@ -132,7 +132,9 @@ def _start_log(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Run as a script, Python looks for imports in this folder first, where `data` or `evaluate` would hide other
-    # packages of those names.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    # Of a script, Python puts the folder first on its search path. There, our `data` or `evaluate` would hide other
+    # packages of those names; one folder up is what a checkout needs.
+    here = Path(__file__).resolve().parent
+    if Path(sys.path[0]).resolve() == here:
+        sys.path[0] = str(here.parent)
     sys.exit(main(sys.argv[1:]))

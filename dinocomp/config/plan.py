@@ -92,8 +92,8 @@ def _numbers(
         rows.append(("dataset", f"not counted{': ' + dataset_note if dataset_note else ''}"))
     else:
         share = images * train.OFFICIAL_EPOCH_LENGTH / dataset_size
-        rows.append(("dataset", f"{dataset_size:,} images; an official epoch takes {100 * share:.3g} % of them"))
-        rows.append(("passes over the dataset", f"{passes(config, world_size, dataset_size):.3g}"))
+        rows.append(("dataset", f"{dataset_size:,} images; an official epoch takes {_share(share)}"))
+        rows.append(("passes over the dataset", f"{passes(config, world_size, dataset_size):,.1f}"))
     peak = peak_learning_rate(config, world_size)
     rule = "optim.lr as it stands" if optim.lr > 0 else f"{optim.base_lr:g} * sqrt({images} / 1024)"
     rows += [
@@ -127,3 +127,8 @@ def _crops_line(loaded: LoadedConfig) -> str:
 def _cpu_precision(loaded: LoadedConfig) -> str:
     fp16 = loaded.config.performance.precision == "fp16"
     return "; a CPU cannot train in fp16" if fp16 else f", {precision(loaded.config, on_gpu=False)} on a CPU"
+
+
+def _share(share: float) -> str:
+    """0.25 -> "25 % of them", 52.1 -> "each 52.1 times"."""
+    return f"{100 * share:.3g} % of them" if share <= 1 else f"each {share:.1f} times"

@@ -37,12 +37,12 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, groups: Groups, kernel: st
         q, k, v: [tokens, heads, head_dim], the sequences of all groups one after the other.
         groups: (sequences, tokens a sequence) of each group; the products add up to `tokens`.
         kernel: ``xformers`` (one varlen call; CUDA only), ``sdpa`` (one call a group), or ``auto``: xFormers on CUDA
-            where it is installed, else SDPA.
+            where it is installed and head_dim is a multiple of 8, which its kernels need; else SDPA.
 
     Returns:
         [tokens, heads, head_dim].
     """
-    if kernel == "xformers" or (kernel == "auto" and q.is_cuda and xformers_available()):
+    if kernel == "xformers" or (kernel == "auto" and q.is_cuda and q.shape[-1] % 8 == 0 and xformers_available()):
         from xformers.ops import memory_efficient_attention
 
         bias = _block_diagonal(tuple(groups), q.device)

@@ -125,7 +125,7 @@ def test_plan_says_what_the_guide_works_out_by_hand(
         "images an official epoch 50,000",
         "images in the run 10,000,000",
         "dataset 50,000 images; an official epoch takes 100 % of them",
-        "passes over the dataset 200",
+        "passes over the dataset 200.0",
         "peak learning rate 0.0003953 (0.002 * sqrt(40 / 1024)), after 12,500 iterations",
         "precision bf16 on a GPU, fp32 on a CPU",
         "parameters, backbone 21,678,336",

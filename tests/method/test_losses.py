@@ -82,6 +82,18 @@ def test_centre_moves_once_a_step_by_all_rows() -> None:
     torch.testing.assert_close(centering.center, before)
 
 
+@pytest.mark.parametrize("name", ["centering", "sinkhorn_knopp"])
+def test_targets_are_fp32_under_autocast(name: str) -> None:
+    logits = torch.randn(6, 9) + 3
+    plain, cast = (build_targets(name, 9, momentum=0.9, iterations=3) for _ in range(2))
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = cast(logits, 0.05)
+            cast.step()
+        assert torch.equal(ours, plain(logits, 0.05))
+        plain.step()
+
+
 def test_sinkhorn_balances() -> None:
     targets = SinkhornKnopp(50)(torch.randn(40, 8), 0.3)
     torch.testing.assert_close(targets.sum(1), torch.ones(40))

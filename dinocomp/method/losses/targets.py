@@ -39,7 +39,8 @@ class Centering(nn.Module):
         """
         logits = logits.float()
         weight = logits.new_ones(len(logits)) if valid is None else valid.to(logits.dtype)  # [rows]
-        batch_sum, batch_count = weight[None] @ logits, weight.sum()  # [1, K], []
+        with torch.autocast(logits.device.type, enabled=False):  # it would multiply in half precision
+            batch_sum, batch_count = weight[None] @ logits, weight.sum()  # [1, K], []
         self._sum = batch_sum if self._sum is None else self._sum + batch_sum
         self._count = batch_count if self._count is None else self._count + batch_count
         return F.softmax((logits - self.center) / temperature, dim=-1)
