@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import sys
 import time
 from collections import deque
@@ -24,7 +25,7 @@ class Metrics(Callback):
 
     They go to `folder`/metrics.jsonl (one JSON object a line), to the progress line on standard output, to the log, and
     to Composer's loggers. `loss` and the terms (`loss/...`) are what is optimised, of that iteration's batch and the
-    mean over ranks; speeds are those since the last line.
+    mean over ranks. Speeds are those since the last line. Memory is the peak of this process, on its GPU if it has one.
 
     Args:
         model, clip, schedules: where the numbers come from.
@@ -98,8 +99,10 @@ class Metrics(Callback):
             "seconds_per_iteration": seconds / self.window_steps,
             "data_wait": self.waited / seconds,
         }
-        if torch.cuda.is_available() and state.device.name == "gpu":
+        if state.device.name == "gpu":
             record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        else:
+            record["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         return record
 
     def _show(self, record: dict[str, float], finished: int) -> None:
@@ -110,10 +113,8 @@ class Metrics(Callback):
         line = (
             f"[{finished}/{self.total}] eta {timedelta(seconds=round(left))} lr {record['lr']:.2e} "
             f"loss {record['loss']:.4f} ({terms}) {record['images_per_second']:.0f} images/s "
-            f"data wait {record['data_wait']:.0%}"
+            f"data wait {record['data_wait']:.0%} memory {record['memory_gb']:.1f} GB"
         )
-        if "memory_gb" in record:
-            line += f" memory {record['memory_gb']:.1f} GB"
         log.debug(line)  # the log file has every line; a terminal has one that moves
         if sys.stdout.isatty():
             end = "\n" if finished == self.total else ""
