@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.core import DataSpec
-from composer.loggers import LoggerDestination
+from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from composer.utils import dist, reproducibility
 from torch import nn
 from torch.utils.data import DataLoader
@@ -249,20 +249,27 @@ def on_gpu(config: Config) -> bool:
 
 
 def build_loggers(config: Config, output: Path) -> list[LoggerDestination]:
-    """The loggers beside metrics.jsonl; each is on by one key."""
-    loggers: list[LoggerDestination] = []
-    if config.loggers.tensorboard:
-        from composer.loggers import TensorboardLogger
+    """The loggers beside metrics.jsonl; each is on by one key.
 
-        loggers.append(TensorboardLogger(log_dir=str(output / "tensorboard")))
-    if config.loggers.wandb:
-        from composer.loggers import WandBLogger
-
-        loggers.append(WandBLogger(project=config.loggers.wandb, name=output.name))
-    if config.loggers.mlflow:
-        from composer.loggers import MLFlowLogger
-
-        loggers.append(MLFlowLogger(experiment_name=config.loggers.mlflow, run_name=output.name))
+    Raises:
+        ConfigError: a logger's package is not installed.
+    """
+    wanted = config.loggers
+    makers = {
+        "tensorboard": lambda: TensorboardLogger(log_dir=str(output / "tensorboard")),
+        "wandb": lambda: WandBLogger(project=wanted.wandb, name=output.name, init_kwargs={"dir": str(output)}),
+        "mlflow": lambda: MLFlowLogger(experiment_name=wanted.mlflow, run_name=output.name),
+    }
+    loggers = []
+    for name, make in makers.items():
+        if getattr(wanted, name):
+            try:
+                loggers.append(make())
+            except ImportError as error:
+                raise ConfigError(
+                    f"loggers.{name} is on, but its package cannot be imported ({error}). "
+                    f"Type pip install 'dinocomp[{name}]' (in a checkout: pip install -e '.[{name}]')."
+                ) from error
     return loggers
 
 

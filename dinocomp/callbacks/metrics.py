@@ -24,8 +24,9 @@ class Metrics(Callback):
     """Collects the numbers of every `period`-th iteration.
 
     They go to `folder`/metrics.jsonl (one JSON object a line), to the progress line on standard output, to the log, and
-    to Composer's loggers. `loss` and the terms (`loss/...`) are what is optimised, of that iteration's batch and the
-    mean over ranks. Speeds are those since the last line. Memory is the peak of this process, on its GPU if it has one.
+    to Composer's loggers. `loss/total` and the terms (`loss/...`) are what is optimised, of that iteration's batch and
+    the mean over ranks. Speeds are those since the last line. Memory is the peak of this process, on its GPU if it has
+    one.
 
     Args:
         model, clip, schedules: where the numbers come from.
@@ -88,7 +89,7 @@ class Metrics(Callback):
         used = self.schedules.at(finished - 1)
         record = {
             "iteration": finished,
-            "loss": sum(value for name, value in numbers.items() if name.startswith("loss/")),
+            "loss/total": sum(value for name, value in numbers.items() if name.startswith("loss/")),
             **numbers,
             "lr": used.lr,
             "last_layer_lr": used.last_layer_lr,
@@ -107,12 +108,12 @@ class Metrics(Callback):
 
     def _show(self, record: dict[str, float], finished: int) -> None:
         left = (self.total - finished) * sum(self.step_seconds) / len(self.step_seconds)
-        terms = " ".join(
-            f"{name.removeprefix('loss/')} {value:.4f}" for name, value in record.items() if name.startswith("loss/")
-        )
+        losses = {n.removeprefix("loss/"): value for n, value in record.items() if n.startswith("loss/")}
+        total = losses.pop("total")
+        terms = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
         line = (
             f"[{finished}/{self.total}] eta {timedelta(seconds=round(left))} lr {record['lr']:.2e} "
-            f"loss {record['loss']:.4f} ({terms}) {record['images_per_second']:.0f} images/s "
+            f"loss {total:.4f} ({terms}) {record['images_per_second']:.0f} images/s "
             f"data wait {record['data_wait']:.0%} memory {record['memory_gb']:.1f} GB"
         )
         log.debug(line)  # the log file has every line; a terminal has one that moves
