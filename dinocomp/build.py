@@ -1,7 +1,7 @@
 """From a configuration to objects: the only file that knows all the others. Read it from `build_run` upwards."""
 
 import logging
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.core import DataSpec
+from composer.devices import DeviceCPU, DeviceGPU
 from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from composer.utils import dist, reproducibility
-from torch import nn
 from torch.utils.data import DataLoader
 
 from dinocomp.callbacks import (
@@ -24,17 +24,24 @@ from dinocomp.callbacks import (
     RestoreRandomState,
     UpdateTeacher,
 )
-from dinocomp.callbacks.checkpoints import list_checkpoints
 from dinocomp.callbacks.evaluation import LabelledPair
-from dinocomp.config import Config, derive, to_yaml
-from dinocomp.data import CropSettings, Images, MaskSettings, evaluation_pair, max_masked_patches, open_images
-from dinocomp.data import training_loader as data_loader
+from dinocomp.config import Config, derive, load_config, to_yaml
+from dinocomp.data import (
+    CropSettings,
+    Images,
+    MaskSettings,
+    evaluation_pair,
+    max_masked_patches,
+    open_images,
+    training_loader,
+)
 from dinocomp.errors import ConfigError
-from dinocomp.interop import load_backbone, load_run, save_teacher
+from dinocomp.interop import check_file, load_backbone, load_run, save_teacher
 from dinocomp.method import DINOv2, LossWeights, Networks
-from dinocomp.method.losses import build_targets
+from dinocomp.method.losses import Centering, SinkhornKnopp, build_targets
 from dinocomp.models import DINOHead, VisionTransformer
 from dinocomp.optim import Multipliers, parameter_groups
+from dinocomp.resume import find_checkpoint
 from dinocomp.schedules import Schedules
 
 log = logging.getLogger(__name__)
@@ -43,22 +50,32 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _COMPOSER_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp_fp16"}
 
 
-@dataclass
-class Run:
-    """A run that is ready to start.
+@dataclass(frozen=True)
+class Start:
+    """What is known before anything is built or written.
 
     Attributes:
-        resumed_from: the checkpoint that `trainer` has loaded, None for a fresh start.
-        pair: what the teacher is evaluated on, None where nothing is labelled.
+        gpu: whether to train on GPUs.
+        precision: `fp32`, `bf16` or `fp16`.
+        checkpoint: the checkpoint to go on from, None for a fresh start.
     """
+
+    gpu: bool
+    precision: str
+    output: Path
+    checkpoint: Path | None
+
+
+@dataclass
+class Run:
+    """A run that is ready to start. `evaluation.pair` is None where nothing is labelled."""
 
     trainer: Trainer
     model: DINOv2
+    clip: ClipGradients
     evaluation: OnlineEvaluation
-    output: Path
     iterations: int
-    resumed_from: Path | None
-    pair: LabelledPair | None
+    start: Start
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
@@ -113,22 +130,28 @@ def count_parameters(config: Config) -> dict[str, int]:
     return {name: sum(p.numel() for p in net.parameters()) for name, net in vars(networks).items() if net is not None}
 
 
-def build_model(config: Config, world_size: int = 1) -> DINOv2:
-    """Student, teacher (its copy, or as `MODEL.WEIGHTS` has it) and loss, on the CPU."""
+def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = True) -> DINOv2:
+    """Student, teacher (its copy, or as `MODEL.WEIGHTS` has it) and loss, on the CPU.
+
+    Args:
+        initial_weights: whether to read the files of weights that the configuration names. A run that goes on from a
+            checkpoint does not need them.
+    """
     student = build_networks(config, drop_path_rate=config.student.drop_path_rate)
     teacher = build_networks(config)
-    if config.student.pretrained_weights:
+    if initial_weights and config.student.pretrained_weights:
         load_backbone(student.backbone, config.student.pretrained_weights)
     for name, net in vars(teacher).items():
         if net is not None:
             net.load_state_dict(getattr(student, name).state_dict())
 
-    def targets(head: str) -> nn.Module:
-        sizes = derive.head_sizes(config)
-        prototypes = sizes.get(head, sizes.get("dino_head"))
+    heads = derive.head_sizes(config)
+
+    def targets(head: str) -> Centering | SinkhornKnopp:
+        size = heads.get(head, heads.get("dino_head"))  # patches go through the DINO head where they have none
         return build_targets(
             config.train.centering,
-            prototypes.prototypes if prototypes else 1,
+            size.prototypes if size else 1,
             momentum=config.dino.center_momentum,
             iterations=config.dino.sinkhorn_iterations,
         )
@@ -146,8 +169,13 @@ def build_model(config: Config, world_size: int = 1) -> DINOv2:
             mask_settings(config), derive.images_per_iteration(config, world_size), world_size
         ),
     )
-    if config.MODEL.WEIGHTS:
-        load_run(model.networks("student"), model.networks("teacher"), config.MODEL.WEIGHTS)
+    if initial_weights and config.MODEL.WEIGHTS:
+        load_run(
+            model.networks("student"),
+            model.networks("teacher"),
+            {"dino_targets": model.dino_targets, "ibot_targets": model.ibot_targets},
+            config.MODEL.WEIGHTS,
+        )
     return model
 
 
@@ -174,9 +202,9 @@ def mask_settings(config: Config) -> MaskSettings:
     )
 
 
-def build_loader(config: Config, images: Images, on_gpu: bool) -> DataLoader:
+def build_loader(config: Config, images: Images, *, pin_memory: bool) -> DataLoader:
     """This rank's batches of the whole run."""
-    return data_loader(
+    return training_loader(
         images,
         crops=crop_settings(config),
         masks=mask_settings(config),
@@ -188,7 +216,7 @@ def build_loader(config: Config, images: Images, on_gpu: bool) -> DataLoader:
         num_workers=config.train.num_workers,
         prefetch_factor=config.data.prefetch_factor,
         timeout_seconds=config.data.timeout_seconds,
-        pin_memory=on_gpu,
+        pin_memory=pin_memory,
     )
 
 
@@ -254,51 +282,78 @@ def build_loggers(config: Config, output: Path) -> list[LoggerDestination]:
     Raises:
         ConfigError: a logger's package is not installed.
     """
-    wanted = config.loggers
+    wanted, name = config.loggers, output.resolve().name
+    # MLflow's own variable wins; else it would write into the working directory.
+    tracking = None if "MLFLOW_TRACKING_URI" in os.environ else (output.resolve() / "mlruns").as_uri()
     makers = {
         "tensorboard": lambda: TensorboardLogger(log_dir=str(output / "tensorboard")),
-        "wandb": lambda: WandBLogger(project=wanted.wandb, name=output.name, init_kwargs={"dir": str(output)}),
-        "mlflow": lambda: MLFlowLogger(experiment_name=wanted.mlflow, run_name=output.name),
+        "wandb": lambda: WandBLogger(project=wanted.wandb, name=name, init_kwargs={"dir": str(output)}),
+        "mlflow": lambda: MLFlowLogger(experiment_name=wanted.mlflow, run_name=name, tracking_uri=tracking),
     }
     loggers = []
-    for name, make in makers.items():
-        if getattr(wanted, name):
+    for key, make in makers.items():
+        if getattr(wanted, key):
             try:
                 loggers.append(make())
             except ImportError as error:
                 raise ConfigError(
-                    f"loggers.{name} is on, but its package cannot be imported ({error}). "
-                    f"Type pip install 'dinocomp[{name}]' (in a checkout: pip install -e '.[{name}]')."
+                    f"loggers.{key} is on, but its package cannot be imported ({error}). "
+                    f"Type pip install 'dinocomp[{key}]' (in a checkout: pip install -e '.[{key}]')."
                 ) from error
     return loggers
 
 
-def find_checkpoint(config: Config, folder: Path) -> Path | None:
-    """The checkpoint to go on from, by `checkpoint.resume`.
+def check_start(config: Config) -> Start:
+    """Everything that can be refused before images are read or files written. The process group must be up.
 
     Raises:
-        ConfigError: one is needed and there is none, or a fresh start is asked for where there are some.
+        DinocompError: the machine, the output folder or a file of weights does not go with the configuration.
     """
-    found = list_checkpoints(folder)
-    if config.checkpoint.resume == "must" and not found:
-        raise ConfigError(
-            f"checkpoint.resume=must, but there is no checkpoint in {folder}. Check train.output_dir, "
-            "or type checkpoint.resume=auto to start from scratch where there is none."
-        )
-    if config.checkpoint.resume == "never" and found:
-        raise ConfigError(
-            f"checkpoint.resume=never, but {folder} holds {len(found)} checkpoints (the newest: {found[-1].name}). "
-            "Give another train.output_dir, or move that folder away."
-        )
-    return found[-1] if found else None
+    gpu, output = on_gpu(config), Path(config.train.output_dir).expanduser()
+    start = Start(
+        gpu=gpu,
+        precision=derive.precision(config, gpu),
+        output=output,
+        checkpoint=find_checkpoint(output / "checkpoints", config.checkpoint.resume),
+    )
+    if start.checkpoint is None:
+        for path in filter(None, (config.MODEL.WEIGHTS, config.student.pretrained_weights)):
+            check_file(path)
+    elif (output / "config.yaml").is_file():
+        earlier = load_config(str(output / "config.yaml")).config
+        for what, describe in (("backbone", backbone_arguments), ("heads", derive.head_sizes)):
+            if describe(earlier) != describe(config):
+                raise ConfigError(
+                    f"{start.checkpoint} cannot go on: its {what} were {describe(earlier)}, "
+                    f"the configuration asks for {describe(config)}. Give another train.output_dir, "
+                    f"or the settings of {output / 'config.yaml'}."
+                )
+    return start
 
 
-def build_trainer(
-    config: Config, model: DINOv2, loader: DataLoader, *, pair: LabelledPair | None, output: Path
-) -> tuple[Trainer, OnlineEvaluation, Path | None]:
-    """Composer's Trainer with everything around a step, the run's evaluation, and the checkpoint it goes on from."""
-    iterations, gpu = derive.total_iterations(config), on_gpu(config)
-    precision = derive.precision(config, gpu)
+def build_run(config: Config, start: Start) -> Run:
+    """Everything, in order: images, model, loader, trainer."""
+    cache = config.data.cache_dir
+    images = open_images(config.train.dataset_path, split="train", cache_dir=cache)
+    log.info("training images: %s (%d)", images.path, len(images))
+    pair = evaluation_pair(
+        config.train.dataset_path,
+        config.evaluation.train_dataset_path,
+        config.evaluation.val_dataset_path,
+        cache_dir=cache,
+    )
+    # The same weights on every rank; the Trainer then seeds each rank differently for what is drawn while training.
+    reproducibility.seed_all(config.train.seed)
+    model = build_model(config, dist.get_world_size(), initial_weights=start.checkpoint is None)
+    loader = build_loader(config, images, pin_memory=start.gpu)
+    return build_training(config, start, model, loader, LabelledPair(*pair) if pair else None)
+
+
+def build_training(
+    config: Config, start: Start, model: DINOv2, loader: DataLoader, pair: LabelledPair | None = None
+) -> Run:
+    """Composer's Trainer with everything around a step."""
+    iterations, output = derive.total_iterations(config), start.output
     optimizer, multipliers = build_optimizer(config, model)
     schedules = build_schedules(config, dist.get_world_size())
     resize, crop = derive.evaluation_crop(config)
@@ -314,6 +369,7 @@ def build_trainer(
             config=to_yaml(config),
         )
 
+    random_state = RestoreRandomState()
     clip = ClipGradients(model, config.optim.clip_grad)
     evaluation = OnlineEvaluation(
         model,
@@ -327,27 +383,10 @@ def build_trainer(
         temperature=config.evaluation.knn_temperature,
         batch_size=config.evaluation.batch_size,
         num_workers=config.train.num_workers,
-        autocast=_AUTOCAST[precision],
+        timeout_seconds=config.data.timeout_seconds,
+        autocast=_AUTOCAST[start.precision],
         export_teacher=export_teacher,
     )
-    random_state = RestoreRandomState()
-    callbacks: Sequence = [  # within an event they run in this order
-        random_state,
-        ApplySchedules(model, schedules, multipliers),
-        FirstBatchPicture(output / "pictures" / "first_batch.png"),
-        clip,
-        UpdateTeacher(model),
-        Metrics(model, clip, schedules, folder=output, period=config.loggers.period_iterations, total=iterations),
-        evaluation,
-        Checkpoints(
-            output / "checkpoints",
-            interval=derive.checkpoint_interval(config),
-            max_to_keep=config.checkpoint.max_to_keep,
-            total=iterations,
-            export_teacher=lambda iteration: export_teacher(output / "teacher.safetensors", iteration),
-        ),
-    ]
-    resume_from = find_checkpoint(config, output / "checkpoints")
     trainer = Trainer(
         model=model,
         train_dataloader=DataSpec(
@@ -357,46 +396,31 @@ def build_trainer(
         ),
         optimizers=optimizer,
         max_duration=f"{iterations}ba",
-        device="gpu" if gpu else "cpu",
+        device=DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU(),
         device_train_microbatch_size=config.train.batch_size_per_gpu,
-        precision=_COMPOSER_PRECISION[precision],
-        callbacks=list(callbacks),
+        precision=_COMPOSER_PRECISION[start.precision],
+        callbacks=[  # within an event they run in this order
+            random_state,
+            ApplySchedules(model, schedules, multipliers),
+            FirstBatchPicture(output / "pictures" / "first_batch.png"),
+            clip,
+            UpdateTeacher(model),
+            Metrics(model, clip, schedules, folder=output, period=config.loggers.period_iterations, total=iterations),
+            evaluation,
+            Checkpoints(
+                output / "checkpoints",
+                interval=derive.checkpoint_interval(config),
+                max_to_keep=config.checkpoint.max_to_keep,
+                total=iterations,
+                export_teacher=lambda iteration: export_teacher(output / "teacher.safetensors", iteration),
+            ),
+        ],
         loggers=build_loggers(config, output),
         progress_bar=False,
         log_to_console=False,
-        load_path=str(resume_from) if resume_from else None,
-        run_name=output.name or "run",
+        load_path=str(start.checkpoint) if start.checkpoint else None,
+        run_name=output.resolve().name,
         seed=config.train.seed,
     )
     random_state.attach(trainer)
-    return trainer, evaluation, resume_from
-
-
-def build_run(config: Config) -> Run:
-    """Everything, in order: data, model, trainer. The process group must be up."""
-    output = Path(config.train.output_dir)
-    cache = config.data.cache_dir
-    images = open_images(config.train.dataset_path, split="train", cache_dir=cache)
-    log.info("training images: %s (%d)", images.path, len(images))
-    found = evaluation_pair(
-        config.train.dataset_path,
-        config.evaluation.train_dataset_path,
-        config.evaluation.val_dataset_path,
-        cache_dir=cache,
-    )
-    pair = LabelledPair(*found) if found else None
-
-    # The same weights on every rank; the Trainer then seeds each rank differently for what is drawn while training.
-    reproducibility.seed_all(config.train.seed)
-    model = build_model(config, dist.get_world_size())
-    loader = build_loader(config, images, on_gpu(config))
-    trainer, evaluation, resumed_from = build_trainer(config, model, loader, pair=pair, output=output)
-    return Run(
-        trainer=trainer,
-        model=model,
-        evaluation=evaluation,
-        output=output,
-        iterations=derive.total_iterations(config),
-        resumed_from=resumed_from,
-        pair=pair,
-    )
+    return Run(trainer, model, clip, evaluation, iterations, start)

@@ -5,22 +5,18 @@ from dataclasses import dataclass
 
 
 def cosine(
-    iteration: int, start: float, end: float, total: int, *, warmup: int = 0, warmup_start: float = 0.0, freeze: int = 0
+    iteration: int, start: float, end: float, total: int, *, warmup: int = 0, warmup_start: float = 0.0
 ) -> float:
-    """0 for `freeze` iterations, a line from `warmup_start` to `start`, then half a cosine to `end`.
+    """A line from `warmup_start` to `start`, then half a cosine to `end`.
 
     The line reaches `start` at its last iteration and the cosine begins with it, so `start` comes twice, as in the
     reference. From `total` on it is `end`.
     """
     if iteration >= total:
         return end
-    if iteration < freeze:
-        return 0.0
-    iteration -= freeze
     if iteration < warmup:
         return warmup_start + (start - warmup_start) * iteration / max(warmup - 1, 1)
-    length = total - warmup - freeze
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * (iteration - warmup) / length))
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * (iteration - warmup) / (total - warmup)))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,10 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dinocomp.build import Run
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,27 +44,29 @@ def train(arguments: Sequence[str]) -> None:
 
     from composer.utils import dist, get_device
 
-    from dinocomp.build import build_run, on_gpu
+    from dinocomp.build import build_run, check_start, on_gpu
 
     gpu = on_gpu(config)
     if not gpu:
         _share_cores()
     dist.initialize_dist(get_device("gpu" if gpu else "cpu"), timeout=1800)
-    output = Path(config.train.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    if dist.get_global_rank() == 0:
-        _start_log(output)
-        made_of = f"Made by: composer dinocomp/train.py {' '.join(arguments)}\nThis file alone reproduces the run."
-        (output / "config.yaml").write_text(to_yaml(config, header=made_of))
+    start = check_start(config)
+    start.output.mkdir(parents=True, exist_ok=True)
     log = logging.getLogger("dinocomp")
+    if dist.get_global_rank() == 0:
+        _start_log(start.output)
     for notice in loaded.notices:
         log.info("note: %s", notice)
 
-    run = build_run(config)
-    if run.resumed_from:
-        log.info("resuming from %s", run.resumed_from)
+    run = build_run(config, start)
+    if dist.get_global_rank() == 0:
+        made_of = f"Made by: composer dinocomp/train.py {' '.join(arguments)}\nThis file alone reproduces the run."
+        (start.output / "config.yaml").write_text(to_yaml(config, header=made_of))
+    if start.checkpoint:
+        log.info("resuming from %s", start.checkpoint)
     if int(run.trainer.state.timestamp.batch) >= run.iterations:
-        log.info("this run is finished: %d of %d iterations; nothing to do", run.iterations, run.iterations)
+        log.info("this run is finished: %d of %d iterations", run.iterations, run.iterations)
+        run.evaluation.fit_end(run.trainer.state, run.trainer.logger)  # a run may have been killed in between
     else:
         log.info(
             "training: %d iterations of %d images on %d %s; output in %s",
@@ -68,7 +74,7 @@ def train(arguments: Sequence[str]) -> None:
             config.train.batch_size_per_gpu * dist.get_world_size(),
             dist.get_world_size(),
             "GPU(s)" if gpu else "CPU process(es)",
-            output,
+            start.output,
         )
         run.trainer.fit()
     run.trainer.close()
@@ -77,20 +83,20 @@ def train(arguments: Sequence[str]) -> None:
             log.info("%s", line)
 
 
-def summary(run) -> list[str]:
+def summary(run: "Run") -> list[str]:
     """What a finished run leaves, and what its features are worth, in words."""
-    lines = [f"teacher: {run.output / 'teacher.safetensors'}"]
-    accuracy = run.evaluation.accuracy
-    if run.pair and accuracy:
+    lines = [f"teacher: {run.start.output / 'teacher.safetensors'}"]
+    accuracy, pair = run.evaluation.accuracy, run.evaluation.pair
+    if pair:
         first, last = min(accuracy), max(accuracy)
         k = next(iter(accuracy[last]))
-        line = f"k-NN accuracy on {len(run.pair.val)} held-out images (k={k}): "
+        line = f"k-NN accuracy on {len(pair.val)} held-out images (k={k}): "
         if first == 0 and last > 0:
             line += f"{accuracy[first][k]:.1%} before training, {accuracy[last][k]:.1%} after"
         else:
             line += f"{accuracy[last][k]:.1%} after {last} iterations"
         lines.append(line)
-    elif not run.pair:
+    else:
         lines.append(
             "not evaluated: there is no labelled pair of images; give one as evaluation.train_dataset_path and "
             "evaluation.val_dataset_path"
@@ -107,6 +113,14 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
+class _Terminal(logging.StreamHandler):
+    """Clears the moving progress line before a message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clear = "\r\x1b[2K" if self.stream.isatty() else ""
+        return clear + super().format(record)
+
+
 def _start_log(output: Path) -> None:
     """Messages to the terminal; those, every progress line and the versions to train.log."""
     import composer
@@ -116,7 +130,7 @@ def _start_log(output: Path) -> None:
 
     to_file = logging.FileHandler(output / "train.log")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    to_terminal = logging.StreamHandler(sys.stdout)
+    to_terminal = _Terminal(sys.stdout)
     to_terminal.setLevel(logging.INFO)
     log = logging.getLogger("dinocomp")
     log.setLevel(logging.DEBUG)

@@ -9,6 +9,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     shipped = Path(__file__).parent / "golden" / "data"
     parser.addoption("--golden-dir", default=str(shipped), help="folder of recorded reference numbers")
+    parser.addoption("--golden-device", default="cpu", choices=("cpu", "gpu"), help="where its whole steps are trained")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 
 from dinocomp.data import Images
-from dinocomp.evaluate import extract_features, knn_accuracy
+from dinocomp.evaluate import extract_features, gather_features, knn_accuracy
 from dinocomp.method import DINOv2
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class OnlineEvaluation(Callback):
     Args:
         pair: what to classify; None evaluates nothing and only keeps the copies.
         folder: gets `evaluation.jsonl` and, at each period, `evaluation/iteration-N/teacher.safetensors`.
-        period: iterations between evaluations.
+        period: iterations between evaluations; 0 for none but the last.
         at_start: evaluate the weights that the run starts from.
         resize, crop: of the evaluation view, in pixels.
         ks, temperature: see `knn_accuracy`.
@@ -55,6 +55,7 @@ class OnlineEvaluation(Callback):
         temperature: float,
         batch_size: int,
         num_workers: int,
+        timeout_seconds: float,
         autocast: torch.dtype | None,
         export_teacher: Callable[[Path, int], None],
     ) -> None:
@@ -66,7 +67,12 @@ class OnlineEvaluation(Callback):
         self.at_start = at_start
         self.view = {"resize": resize, "crop": crop}
         self.ks, self.temperature = ks, temperature
-        self.loading = {"batch_size": batch_size, "num_workers": num_workers, "autocast": autocast}
+        self.loading = {
+            "batch_size": batch_size,
+            "num_workers": num_workers,
+            "timeout_seconds": timeout_seconds,
+            "autocast": autocast,
+        }
         self.export_teacher = export_teacher
         self.accuracy = _read(self.path)
 
@@ -78,7 +84,7 @@ class OnlineEvaluation(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         finished = int(state.timestamp.batch)
-        if finished % self.period == 0:
+        if self.period and finished % self.period == 0:
             if dist.get_global_rank() == 0:
                 self.export_teacher(
                     self.folder / "evaluation" / f"iteration-{finished:08d}" / "teacher.safetensors", finished
@@ -86,6 +92,7 @@ class OnlineEvaluation(Callback):
             self._evaluate(finished, logger)
 
     def fit_end(self, state: State, logger: Logger) -> None:
+        """Also for a run whose training had ended when it was killed before this."""
         finished = int(state.timestamp.batch)
         if finished not in self.accuracy:
             self._evaluate(finished, logger)
@@ -98,14 +105,22 @@ class OnlineEvaluation(Callback):
             extract_features(backbone, images, normalize=self.model.normalize, **self.view, **self.loading)
             for images in (self.pair.train, self.pair.val)
         )
-        accuracy = knn_accuracy(train, val, ks=self.ks, temperature=self.temperature)
+        accuracy = knn_accuracy(
+            gather_features(train, len(self.pair.train)),
+            val,
+            ks=self.ks,
+            temperature=self.temperature,
+            device=backbone.cls_token.device,
+        )
         self.accuracy[iteration] = accuracy
         logger.log_metrics({f"knn/top1_k{k}": value for k, value in accuracy.items()})
         if dist.get_global_rank() == 0:
             shown = "  ".join(f"k={k} {value:.1%}" for k, value in accuracy.items())
             log.info("k-NN accuracy of the teacher at iteration %d: %s", iteration, shown)
             lines = [json.dumps({"iteration": i, "knn_top1": a}) + "\n" for i, a in sorted(self.accuracy.items())]
-            self.path.write_text("".join(lines))
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(lines))
+            partial.replace(self.path)
 
 
 def _read(path: Path) -> dict[int, dict[int, float]]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -45,15 +46,18 @@ class Metrics(Callback):
         self.total = total
         self.window_start = self.wait_start = self.waited = 0.0
         self.window_images = self.window_steps = 0
+        self.window_open = False
         self.step_seconds: deque[float] = deque(maxlen=50)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._open_window(state)
+        self.window_open = False
         if dist.get_global_rank() == 0:
             _drop_lines_after(self.path, int(state.timestamp.batch))
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self.wait_start = time.perf_counter()
+        if not self.window_open:  # here, so that evaluations and checkpoints do not count as training
+            self._open_window(state)
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self.waited += time.perf_counter() - self.wait_start
@@ -66,12 +70,15 @@ class Metrics(Callback):
         record = self._record(state, finished)
         logger.log_metrics({name: value for name, value in record.items() if name != "iteration"})
         if dist.get_global_rank() == 0:
+            # JSON has no NaN and no infinity.
+            line = {name: value if math.isfinite(value) else None for name, value in record.items()}
             with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(line) + "\n")
             self._show(record, finished)
-        self._open_window(state)
+        self.window_open = False
 
     def _open_window(self, state: State) -> None:
+        self.window_open = True
         self.window_start, self.waited, self.window_steps = time.perf_counter(), 0.0, 0
         self.window_images = int(state.timestamp.sample)
 

@@ -49,11 +49,12 @@ def extract_features(
     resize: int,
     crop: int,
     normalize: torch.nn.Module,
-    batch_size: int = 256,
+    batch_size: int,
     num_workers: int = 0,
+    timeout_seconds: float = 0,
     autocast: torch.dtype | None = None,
 ) -> Features:
-    """Class tokens of all images, in their order, on every rank; each image is looked at once, by one rank.
+    """Class tokens of this rank's share of the images: those whose number is `rank` modulo the world size.
 
     The global random generator is neither read nor moved.
 
@@ -61,30 +62,37 @@ def extract_features(
         backbone: on the device to use; called in its present mode, so `eval()` it if it has drop path.
         resize, crop: see `evaluation_view`, in pixels.
         normalize: uint8 images to the network's input.
+        timeout_seconds: fail when a worker takes longer than this for a batch; 0 waits for ever.
         autocast: number type to compute in; None for that of the weights.
     """
     device = backbone.cls_token.device
-    rank, world_size = dist.get_global_rank(), dist.get_world_size()
-    views = _Views(images, resize, crop, rank, world_size)
+    views = _Views(images, resize, crop, dist.get_global_rank(), dist.get_world_size())
+    workers = num_workers if len(views) > batch_size else 0
     loader = DataLoader(
         views,
         batch_size,
-        num_workers=num_workers if len(views) > batch_size else 0,
+        num_workers=workers,
+        timeout=timeout_seconds if workers else 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws a seed from the global one
     )
-    vectors, labels = [], []
-    context = nullcontext() if autocast is None else torch.autocast(device.type, autocast)
-    with context:
+    vectors, labels = [torch.zeros(0, backbone.embed_dim)], [torch.zeros(0, dtype=torch.int64)]
+    with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
         for pixels, label in loader:
             tokens = backbone(normalize(pixels.to(device, non_blocking=True)))
             vectors.append(tokens.cls.float().cpu())  # [b, D]
             labels.append(label)
-    mine = (torch.cat(vectors), torch.cat(labels)) if vectors else (torch.zeros(0, backbone.embed_dim), torch.zeros(0))
-    everyone = dist.all_gather_object(mine)
-    all_vectors = torch.zeros(len(images), backbone.embed_dim)  # [n, D]
-    all_labels = torch.zeros(len(images), dtype=torch.int64)  # [n]
-    for r, (vector, label) in enumerate(everyone):
-        all_vectors[r::world_size] = vector
-        all_labels[r::world_size] = label.to(torch.int64)
-    return Features(all_vectors, all_labels)
+    return Features(torch.cat(vectors), torch.cat(labels))
+
+
+def gather_features(mine: Features, total: int, chunk: int = 16384) -> Features:
+    """All ranks' shares of `total` images, in the images' order, on every rank; `chunk` rows of a rank at a time."""
+    world_size = dist.get_world_size()
+    vectors = torch.zeros(total, mine.vectors.shape[1])  # [n, D]
+    labels = torch.zeros(total, dtype=torch.int64)  # [n]
+    for start in range(0, -(-total // world_size), chunk):  # the same number of turns on every rank
+        part = Features(*(field[start : start + chunk] for field in mine))
+        for rank, (vector, label) in enumerate(dist.all_gather_object(tuple(part))):
+            where = rank + world_size * torch.arange(start, start + len(label))
+            vectors[where], labels[where] = vector, label
+    return Features(vectors, labels)

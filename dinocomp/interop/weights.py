@@ -40,9 +40,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file is missing, damaged, holds objects other than tensors, or no tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"no file of weights at {path}")
+    path = check_file(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -62,6 +60,18 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         raise WeightsError(f"{path} holds no named tensors")
     return tensors
+
+
+def check_file(path: str | Path) -> Path:
+    """`path` with ~ expanded.
+
+    Raises:
+        WeightsError: there is no file.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise WeightsError(f"no file of weights at {path}")
+    return path
 
 
 def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -123,14 +133,20 @@ def _backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {published_name(name): tensor for name, tensor in tensors.items()}
 
 
-def load_run(student: Mapping[str, nn.Module], teacher: Mapping[str, nn.Module], path: str | Path) -> None:
+def load_run(
+    student: Mapping[str, nn.Module],
+    teacher: Mapping[str, nn.Module],
+    targets: Mapping[str, nn.Module],
+    path: str | Path,
+) -> None:
     """Starts student and teacher from a run's weights.
 
-    A checkpoint of a run gives both; a teacher file, dinocomp's or the reference's ``teacher_checkpoint.pth``, gives
-    the teacher, of which the student becomes a copy.
+    A checkpoint of a run gives both, and its centres; a teacher file, dinocomp's or the reference's
+    ``teacher_checkpoint.pth``, gives the teacher, of which the student becomes a copy.
 
     Args:
         student, teacher: networks by name (backbone, dino_head, ibot_head).
+        targets: what makes targets of the teacher's logits, by name (dino_targets, ibot_targets).
 
     Raises:
         WeightsError: as `read_tensors` and `load_strictly`, or a network is not in the file.
@@ -147,3 +163,9 @@ def load_run(student: Mapping[str, nn.Module], teacher: Mapping[str, nn.Module],
                     "To start from a backbone alone, pass it as student.pretrained_weights."
                 )
             load_strictly(net, {published_name(n): t for n, t in part.items()}, str(path))
+    for name, target in targets.items():
+        own = target.state_dict()
+        saved = {n: tensors.get(f"{name}.{n}") for n in own}
+        # Centring may be new in this run, or have other prototypes: then its centre starts at 0.
+        if all(t is not None and t.shape == own[n].shape for n, t in saved.items()):
+            target.load_state_dict(saved)

@@ -70,8 +70,14 @@ class MaskedRows:
     @classmethod
     def of(cls, masks: Tensor, limit: int | None) -> "MaskedRows":
         """From masks [2B, N] bool. `limit` is a number of rows that is never exceeded: with it shapes are constant and
-        the device is not waited for; without it there are as many rows as masked patches."""
+        the device is not waited for; without it there are as many rows as masked patches.
+
+        Raises:
+            ValueError: more patches are masked than the limit (seen on a CPU only, where looking costs nothing).
+        """
         flat = masks.flatten()  # [2B * N]
+        if limit is not None and flat.device.type == "cpu" and int(flat.sum()) > limit:
+            raise ValueError(f"{int(flat.sum())} patches of the batch are masked; the limit is {limit}")
         rows = int(flat.sum()) if limit is None else min(limit, flat.numel())
         index = flat.to(torch.uint8).argsort(descending=True, stable=True)[:rows]  # [R]
         valid = flat[index]  # [R]
@@ -107,7 +113,7 @@ class DINOv2(ComposerModel):
         max_masked: most masked patches a batch on this rank can have; None to count them in every batch.
 
     Attributes:
-        teacher_temp, momentum: of the present iteration; a callback sets them.
+        teacher_temp, momentum: of the present iteration; a callback sets them, until then they are None.
         terms: the weighted loss terms of the last batch on this rank, detached; their sum is the total.
     """
 
@@ -119,17 +125,17 @@ class DINOv2(ComposerModel):
         dino_targets: Centering | SinkhornKnopp,
         ibot_targets: Centering | SinkhornKnopp,
         weights: LossWeights,
-        student_temp: float = 0.1,
-        mean: tuple[float, ...] = (0.485, 0.456, 0.406),
-        std: tuple[float, ...] = (0.229, 0.224, 0.225),
-        max_masked: int | None = None,
+        student_temp: float,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        max_masked: int | None,
     ) -> None:
         super().__init__()
         self.weights = weights
         self.student_temp = student_temp
         self.max_masked = max_masked
-        self.teacher_temp = 0.07
-        self.momentum = 1.0
+        self.teacher_temp: float | None = None
+        self.momentum: float | None = None
         self.terms: dict[str, Tensor] = {}
 
         self.normalize = Normalize(mean, std)

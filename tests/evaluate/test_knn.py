@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinocomp.data import Sample
-from dinocomp.evaluate import Features, extract_features, knn_accuracy
+from dinocomp.evaluate import Features, extract_features, gather_features, knn_accuracy
 from dinocomp.evaluate.features import evaluation_view
 from dinocomp.models import VisionTransformer
 
@@ -47,8 +47,12 @@ def test_by_hand() -> None:
 
 def test_chunks_and_large_k_change_nothing() -> None:
     train, val = clusters(50, 1.0, 1), clusters(33, 1.0, 2)
-    assert knn_accuracy(train, val, ks=[20], chunk=7) == knn_accuracy(train, val, ks=[20])
-    assert knn_accuracy(train, val, ks=[50]) == {50: knn_accuracy(train, val, ks=[500])[500]}
+    assert knn_accuracy(train, val, ks=[20], temperature=0.07, chunk=7) == knn_accuracy(
+        train, val, ks=[20], temperature=0.07
+    )
+    assert knn_accuracy(train, val, ks=[50], temperature=0.07) == {
+        50: knn_accuracy(train, val, ks=[500], temperature=0.07)[500]
+    }
 
 
 class Squares:
@@ -71,7 +75,7 @@ def test_features_are_in_order_and_the_generator_stands_still(num_workers: int) 
     backbone = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3).eval()
     images, state = Squares(7), torch.get_rng_state()
     settings = {"resize": 36, "crop": 32, "normalize": lambda x: x.float() / 255, "num_workers": num_workers}
-    features = extract_features(backbone, images, batch_size=3, **settings)
+    features = gather_features(extract_features(backbone, images, batch_size=3, **settings), 7, chunk=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert features.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     for i in range(7):

@@ -35,6 +35,8 @@ PREFIXES = ("backbone_", "head", "dino_loss", "ibot_loss", "koleo_loss", "schedu
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with a parameter `backbone_file`, `head_file`, ... runs once for each file of that prefix."""
     folder = Path(metafunc.config.getoption("--golden-dir"))
+    if not any(file for prefix in PREFIXES for file in folder.glob(f"{prefix}*.safetensors")):
+        raise pytest.UsageError(f"--golden-dir {folder} holds no file named like {', '.join(PREFIXES)}")
     for prefix in PREFIXES:
         argument = prefix.strip("_") + "_file"
         if argument in metafunc.fixturenames:
@@ -45,6 +47,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def golden_dir(request: pytest.FixtureRequest) -> Path:
     return Path(request.config.getoption("--golden-dir"))
+
+
+@pytest.fixture
+def golden_device(request: pytest.FixtureRequest) -> str:
+    """Where whole steps are trained: cpu or gpu."""
+    return request.config.getoption("--golden-device")
 
 
 def assert_close(ours: Tensor, reference: Tensor, tolerance: float, what: str = "") -> None:
@@ -58,5 +66,5 @@ def assert_close(ours: Tensor, reference: Tensor, tolerance: float, what: str = 
         f"{what}: relative difference {difference.norm().item() / max(scale, 1e-12):.2e} > {tolerance}"
     )
     if reference.numel():
-        assert difference.abs().max() <= tolerance * max(reference.abs().max().item(), 1e-12) * 2, what
+        assert difference.abs().max() <= tolerance * max(reference.abs().max().item(), 1e-12), what
     assert torch.isfinite(ours).all(), what

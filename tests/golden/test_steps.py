@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from composer import Callback, Logger, State
+from composer.utils import dist, get_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dinocomp.build import build_model, build_trainer
+from dinocomp.build import build_model, build_training, check_start
 from dinocomp.config import load_config
 from dinocomp.data import Batch
 from dinocomp.interop.names import published_name
@@ -17,7 +18,7 @@ from dinocomp.method import DINOv2
 from .conftest import Recording, read
 
 
-def overrides(recording: Recording, folder: Path) -> list[str]:
+def overrides(recording: Recording, folder: Path, device: str) -> list[str]:
     """The recording's settings as `key=value` words."""
 
     def flatten(tree: dict, prefix: str = "") -> list[str]:
@@ -30,8 +31,9 @@ def overrides(recording: Recording, folder: Path) -> list[str]:
     config = {section: dict(keys) for section, keys in recording.meta["config"].items()}
     config["student"] = {**config.get("student", {}), "arch": "custom", **recording.meta["backbone"]}
     config["crops"] = {**config.get("crops", {}), "mean": [0.5] * 3, "std": [0.5] * 3}  # u8 / 127.5 - 1
-    config["train"] = {**config.get("train", {}), "output_dir": str(folder), "device": "cpu", "num_workers": 0}
+    config["train"] = {**config.get("train", {}), "output_dir": str(folder), "device": device, "num_workers": 0}
     config["loggers"] = {"period_iterations": 1}
+    config["performance"] = {"precision": "fp32"}
     return flatten(config)
 
 
@@ -47,9 +49,10 @@ def batch(recording: Recording, step: int) -> Batch:
     def by_image(crops: Tensor) -> Tensor:
         return crops.unflatten(0, (-1, size)).transpose(0, 1).contiguous()
 
+    no_crops = torch.zeros(0, *inputs["global_u8"].shape[1:], dtype=torch.uint8)  # of a recording without local ones
     return Batch(
         global_crops=by_image(inputs["global_u8"]),
-        local_crops=by_image(inputs["local_u8"]),
+        local_crops=by_image(inputs.get("local_u8", no_crops)),
         masks=by_image(inputs["masks"]),
         index=torch.arange(size),
     )
@@ -83,9 +86,10 @@ def distance(model: DINOv2, recording: Recording) -> float:
     return (off / moved) ** 0.5
 
 
-def test_steps(steps_file: Path, tmp_path: Path) -> None:
+def test_steps(steps_file: Path, tmp_path: Path, golden_device: str) -> None:
     recording = read(steps_file)
-    config = load_config(None, overrides(recording, tmp_path)).config
+    dist.initialize_dist(get_device(golden_device))
+    config = load_config(None, overrides(recording, tmp_path, golden_device)).config
     model = build_model(config)
     for role in ("student", "teacher"):
         for network, net in model.networks(role).items():
@@ -94,12 +98,11 @@ def test_steps(steps_file: Path, tmp_path: Path) -> None:
 
     steps = recording.meta["steps"]
     loader = DataLoader([batch(recording, step) for step in range(steps)], batch_size=None)
-    trainer, _, _ = build_trainer(config, model, loader, pair=None, output=tmp_path)
-    clip = next(callback for callback in trainer.state.callbacks if type(callback).__name__ == "ClipGradients")
-    recorder = Recorder(model, clip)
-    trainer.state.callbacks.append(recorder)
-    trainer.fit(duration=f"{steps}ba")
-    trainer.close()
+    run = build_training(config, check_start(config), model, loader)
+    recorder = Recorder(model, run.clip)
+    run.trainer.state.callbacks.append(recorder)
+    run.trainer.fit(duration=f"{steps}ba")
+    run.trainer.close()
 
     # The reference logs DINO and iBOT without their weights, and iBOT and KoLeo halved.
     logged = {
@@ -127,7 +130,7 @@ def test_a_wrong_momentum_would_be_seen(golden_dir: Path, tmp_path: Path) -> Non
     if not files:
         pytest.skip(f"no steps_* in {golden_dir}")
     recording = read(files[0])
-    model = build_model(load_config(None, overrides(recording, tmp_path)).config)
+    model = build_model(load_config(None, overrides(recording, tmp_path, "cpu")).config)
     for role in ("student", "teacher"):
         for network, net in model.networks(role).items():
             final = recording.under(f"final.{role}.{network}.")

@@ -20,7 +20,9 @@ def tiny(batch_size: int = 4, **changes) -> tuple[DINOv2, Batch]:
     keys |= {name.replace("__", "."): value for name, value in changes.items()}
     config = load_config(None, [f"{name}={value}" for name, value in keys.items()]).config
     torch.manual_seed(0)
-    return build_model(config), noise(config, batch_size, step=0)
+    model = build_model(config)
+    model.teacher_temp, model.momentum = 0.05, 0.99  # as a callback would
+    return model, noise(config, batch_size, step=0)
 
 
 def noise(config, batch_size: int, step: int) -> Batch:
@@ -80,7 +82,17 @@ def test_only_the_student_learns_and_all_of_it() -> None:
         assert (parameter.grad is not None) == name.startswith("student_"), name
 
 
-@pytest.mark.parametrize("changes", [{"ibot__loss_weight": 0}, {"crops__local_crops_number": 0}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ibot__loss_weight": 0},
+        {"crops__local_crops_number": 0},
+        {"dino__loss_weight": 0},
+        {"dino__loss_weight": 0, "ibot__separate_head": "true"},
+        {"ibot__mask_sample_probability": 0.01, "ibot__separate_head": "true"},
+    ],
+    ids=str,
+)
 def test_every_trainable_parameter_has_a_gradient_with_a_loss_off(changes: dict) -> None:
     """Else data-parallel training stops with an error about unused parameters."""
     model, batch = tiny(**changes)

@@ -101,10 +101,13 @@ def test_sinkhorn_balances() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e2, 1e4])
-def test_sinkhorn_of_any_logits_is_finite(scale: float) -> None:
-    targets = SinkhornKnopp()(scale * torch.randn(12, 20), 0.04)
-    assert torch.isfinite(targets).all()
-    assert SinkhornKnopp()(torch.zeros(0, 20), 0.04).shape == (0, 20)
+def test_sinkhorn_of_any_logits_gives_distributions(scale: float) -> None:
+    """Also for rows far below the batch's largest logit, and where one row is far above all others."""
+    logits = scale * torch.randn(12, 20)
+    logits[0, 0] += 100 * scale
+    targets = SinkhornKnopp(3)(logits, 0.04)
+    torch.testing.assert_close(targets.sum(1), torch.ones(12))
+    assert SinkhornKnopp(3)(torch.zeros(0, 20), 0.04).shape == (0, 20)
 
 
 def test_unknown_targets() -> None:
@@ -122,7 +125,7 @@ def test_step_zero_values() -> None:
         return x @ weight.T
 
     weight = torch.nn.functional.normalize(torch.randn(prototypes, bottleneck), dim=1)
-    targets = Centering(prototypes)(logits(2 * batch), 0.04).unflatten(0, (2, batch))
+    targets = Centering(prototypes, 0.9)(logits(2 * batch), 0.04).unflatten(0, (2, batch))
     parts = dino_loss(
         targets, logits(2 * batch).unflatten(0, (2, batch)), logits(local * batch).view(local, batch, -1), 0.1
     )
@@ -133,10 +136,10 @@ def test_step_zero_values() -> None:
 def _rank(rank: int, world: int, port: int, logits: torch.Tensor, results) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     mine = logits[:3] if rank == 0 else logits[3:]  # unequal shares
-    centering = Centering(logits.shape[1])
+    centering = Centering(logits.shape[1], 0.9)
     centering(mine, 0.05)
     centering.step()
-    results[rank] = (SinkhornKnopp()(mine, 0.05), centering.center)
+    results[rank] = (SinkhornKnopp(3)(mine, 0.05), centering.center)
     torch.distributed.destroy_process_group()
 
 
@@ -148,6 +151,6 @@ def test_two_ranks_with_unequal_shares_are_one(free_port: int) -> None:
         mp.spawn(_rank, (2, free_port, logits, results), nprocs=2)
         targets = torch.cat([results[0][0], results[1][0]])
         centers = [results[0][1], results[1][1]]
-    torch.testing.assert_close(targets, SinkhornKnopp()(logits, 0.05))
+    torch.testing.assert_close(targets, SinkhornKnopp(3)(logits, 0.05))
     for center in centers:
         torch.testing.assert_close(center[0], 0.1 * logits.mean(0))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dinocomp.models import VisionTransformer
-from dinocomp.models.attention import packed_attention
+from dinocomp.models.attention import _block_diagonal, packed_attention
 from dinocomp.models.block import Block, kept_rows
 
 
@@ -173,6 +173,15 @@ def test_autocast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
         half = model(image).cls.float()
     torch.testing.assert_close(half, model(image).cls, rtol=0.1, atol=0.1)
+
+
+def test_xformers_mask_keeps_sequences_apart() -> None:
+    """The kernel needs a GPU; what it is told to mask out does not."""
+    pytest.importorskip("xformers.ops")
+    groups = ((2, 3), (3, 4))
+    bias = _block_diagonal(groups, torch.device("cpu")).materialize((18, 18))
+    owner = torch.repeat_interleave(torch.arange(5), torch.tensor([3, 3, 4, 4, 4]))
+    assert torch.equal(bias == 0, owner[:, None] == owner)
 
 
 def test_packed_attention_matches_attention_with_a_block_mask() -> None:

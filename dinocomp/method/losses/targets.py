@@ -18,7 +18,7 @@ class Centering(nn.Module):
         momentum: share of the old centre that is kept at each step.
     """
 
-    def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
+    def __init__(self, num_prototypes: int, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(1, num_prototypes))
@@ -39,8 +39,8 @@ class Centering(nn.Module):
         """
         logits = logits.float()
         weight = logits.new_ones(len(logits)) if valid is None else valid.to(logits.dtype)  # [rows]
-        with torch.autocast(logits.device.type, enabled=False):  # it would multiply in half precision
-            batch_sum, batch_count = weight[None] @ logits, weight.sum()  # [1, K], []
+        # Not as a matrix product, which a GPU would do in half precision or TF32.
+        batch_sum, batch_count = (logits * weight[:, None]).sum(dim=0, keepdim=True), weight.sum()  # [1, K], []
         self._sum = batch_sum if self._sum is None else self._sum + batch_sum
         self._count = batch_count if self._count is None else self._count + batch_count
         return F.softmax((logits - self.center) / temperature, dim=-1)
@@ -61,14 +61,15 @@ class Centering(nn.Module):
 class SinkhornKnopp(nn.Module):
     """Targets that use every prototype equally over the batch of all ranks (Caron et al. 2020, SwAV, section 3).
 
-    exp(z / temperature) is scaled in turn so that each prototype has mass 1 / K and each row 1 / R. Subtracting the
-    largest logit first changes nothing but keeps the exponential from overflowing.
+    exp(z / temperature) is scaled in turn so that each prototype has mass 1 / K and each row 1 / R. The scaling is kept
+    as two vectors, one factor a row and one a prototype, so the [rows, K] matrix is read and not rewritten; each row is
+    first divided by its largest entry, which the factors make up for, so that no logit is too large or too small.
 
     Args:
         iterations: of the alternating scaling; 3 in the paper.
     """
 
-    def __init__(self, iterations: int = 3) -> None:
+    def __init__(self, iterations: int) -> None:
         super().__init__()
         self.iterations = iterations
 
@@ -79,21 +80,22 @@ class SinkhornKnopp(nn.Module):
         Returns:
             [rows, K], each valid row sums to 1, fp32.
         """
-        logits = logits.float() / temperature
-        num_prototypes = logits.shape[1]
-        tiny = torch.finfo(logits.dtype).tiny  # a prototype that no row comes near stays at 0 instead of 0 / 0
-        if valid is None:
-            valid = logits.new_ones(len(logits), dtype=torch.bool)
-        logits = logits.masked_fill(~valid[:, None], -torch.inf)
-        # A rank without a valid row says -1e30, so that the largest is a number wherever one is needed.
-        largest = logits.amax().clamp_min(-1e30) if len(logits) else logits.new_tensor(-1e30)
-        q = torch.exp(logits - all_reduce(largest, "max"))  # [R, K], 0 in padding rows
-        rows = all_reduce(valid.sum().to(q.dtype))  # [], of all ranks
-        q /= all_reduce(q.sum()).clamp_min(tiny)
-        for _ in range(self.iterations):
-            q /= (all_reduce(q.sum(dim=0, keepdim=True)) * num_prototypes).clamp_min(tiny)
-            q /= (q.sum(dim=1, keepdim=True) * rows).clamp_min(tiny)
-        return q * rows
+        with torch.autocast(logits.device.type, enabled=False):  # it would multiply in half precision
+            logits = logits.float() / temperature
+            num_rows, num_prototypes = logits.shape
+            valid = logits.new_ones(num_rows) if valid is None else valid.to(logits.dtype)  # [R]
+            least = 1e-20  # bounds the factors, so that none of their products overflows or vanishes
+            lowest = torch.finfo(logits.dtype).min
+            row_max = logits.amax(dim=1) if num_rows else logits.new_zeros(0)  # [R]
+            q = torch.exp(logits - row_max[:, None])  # [R, K], 1 at the largest of a row
+            row_max = row_max.masked_fill(valid == 0, lowest)  # padding has no say in the largest
+            largest = torch.cat([row_max, row_max.new_full((1,), lowest)]).amax()  # a rank may have no row at all
+            row = valid * torch.exp(row_max - all_reduce(largest, "max"))  # [R]
+            rows = all_reduce(valid.sum())  # [], of all ranks
+            for _ in range(self.iterations):
+                column = 1 / (num_prototypes * all_reduce(q.T @ row)).clamp_min(least)  # [K]
+                row = valid / (rows * (q @ column)).clamp_min(least)  # [R]
+            return q * column * (valid / (q @ column))[:, None]
 
     def step(self) -> None:
         """Sinkhorn-Knopp keeps nothing from batch to batch."""
