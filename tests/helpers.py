@@ -1,7 +1,12 @@
 """A run small enough for a test."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
 
 TINY = {
     "train.dataset_path": "digits",
@@ -50,3 +55,11 @@ def yaml_of_nothing(folder: Path) -> str:
 def metrics(output: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def launch(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """`composer -n processes dinocomp/train.py ...` from a checkout."""
+    launcher = Path(sys.executable).with_name("composer")
+    command = [launcher, "-n", str(processes), "dinocomp/train.py", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)

@@ -127,5 +127,11 @@ def _read(path: Path) -> dict[int, dict[int, float]]:
     """What earlier processes of the run measured."""
     if not path.exists():
         return {}
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {r["iteration"]: {int(k): value for k, value in r["knn_top1"].items()} for r in records}
+    accuracy = {}
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a line that somebody or a full disk cut short: it is measured again
+            continue
+        accuracy[record["iteration"]] = {int(k): value for k, value in record["knn_top1"].items()}
+    return accuracy

@@ -1,0 +1,169 @@
+"""Stopping, going on, and starting from weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from composer.utils import dist, get_device
+from PIL import Image
+
+from dinocomp.build import Run, build_run, check_start
+from dinocomp.config import load_config
+from dinocomp.train import main
+
+from .helpers import launch, metrics, words, yaml_of_nothing
+
+pytestmark = pytest.mark.usefixtures("one_cache")
+
+
+def open_run(output: Path, **changes) -> Run:
+    """A run of this process, built and not started."""
+    config = load_config(None, words(output, **changes)).config
+    return build_run(config, check_start(config))
+
+
+def weights(output: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint that is a tensor, flattened, by its place."""
+    found = {}
+
+    def walk(node: object, place: str) -> None:
+        if isinstance(node, torch.Tensor):
+            found[place] = node
+        elif isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{place}/{key}")
+
+    path = output / "checkpoints" / f"iteration-{iteration:08d}.pt"
+    state = torch.load(path, map_location="cpu", weights_only=False)["state"]
+    walk({"model": state["model"], "optimizers": state["optimizers"]}, "")
+    return found
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, centering: str, workers: int) -> None:
+    """Bit for bit: weights, optimizer, centres; with drop path and masks drawn on the way."""
+    changes = {"train__centering": centering, "train__num_workers": workers, "ibot__separate_head": "true"}
+
+    def run(output: Path, iterations: int | None) -> None:
+        dist.initialize_dist(get_device("cpu"))
+        output.mkdir(exist_ok=True)
+        run = open_run(output, **changes)
+        run.trainer.fit() if iterations is None else run.trainer.fit(duration=f"{iterations}ba")
+        run.trainer.close()
+
+    run(tmp_path / "whole", None)
+    run(tmp_path / "parts", 6)  # two iterations after the checkpoint of iteration 4, which are lost
+    assert [line["iteration"] for line in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+    run(tmp_path / "parts", None)
+    whole, parts = (weights(tmp_path / name, 12) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and len(whole) > 50
+    differing = [name for name in whole if not torch.equal(whole[name], parts[name])]
+    assert not differing
+    timeless = ("images_per_second", "seconds_per_iteration", "data_wait", "memory_gb")
+    logged = [
+        [{k: v for k, v in m.items() if k not in timeless} for m in metrics(tmp_path / n)] for n in ("whole", "parts")
+    ]
+    assert logged[0] == logged[1]
+
+
+def test_weights_to_start_from(tmp_path: Path) -> None:
+    """A checkpoint gives student and teacher, a teacher file the teacher twice, a backbone the backbone."""
+    nothing = yaml_of_nothing(tmp_path)
+    assert main([nothing, *words(tmp_path / "first", optim__epochs=2)]) == 0
+    checkpoint, teacher = tmp_path / "first/checkpoints/iteration-00000008.pt", tmp_path / "first/teacher.safetensors"
+    saved = torch.load(checkpoint, weights_only=False)["state"]["model"]
+    dist.initialize_dist(get_device("cpu"))
+
+    def start(**changes) -> dict[str, torch.Tensor]:
+        run = open_run(tmp_path / "second", **changes)
+        run.trainer.close()
+        return run.model.state_dict()
+
+    prefix = "student_backbone.net."
+    ours = start(MODEL__WEIGHTS=checkpoint)
+    assert all(torch.equal(ours[name], weight) for name, weight in saved.items())
+    assert ours["dino_targets.center"].any()
+    ours = start(MODEL__WEIGHTS=teacher)
+    assert all(torch.equal(ours[n], saved[n.replace("student", "teacher")]) for n in ours if "center" not in n)
+    ours = start(student__pretrained_weights=teacher)
+    assert all(torch.equal(ours[n], saved[n.replace("student", "teacher")]) for n in ours if n.startswith(prefix))
+    assert not torch.equal(ours["student_dino_head.net.mlp.0.weight"], saved["teacher_dino_head.net.mlp.0.weight"])
+
+
+def test_resume_by_key(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nothing = yaml_of_nothing(tmp_path)
+    assert main([nothing, *words(tmp_path / "run", checkpoint__resume="must")]) == 2
+    assert "there is no checkpoint in" in capsys.readouterr().err
+    assert main([nothing, *words(tmp_path / "run", optim__epochs=1)]) == 0
+    assert main([nothing, *words(tmp_path / "run", checkpoint__resume="never")]) == 2
+    assert "holds 1 checkpoints (the newest: iteration-00000004.pt)" in capsys.readouterr().err
+
+
+def test_ranks_resume_together(tmp_path: Path) -> None:
+    """Two processes, stopped and started again, end bit for bit where they would have."""
+    four = {"train__batch_size_per_gpu": 4, "optim__epochs": 2}
+    assert launch("quickstart", *words(tmp_path / "whole", **four), processes=2).returncode == 0
+    # The schedules must not know that the first part stops early, so it is the last checkpoint that goes.
+    assert launch("quickstart", *words(tmp_path / "parts", **four), processes=2).returncode == 0
+    (tmp_path / "parts/checkpoints/iteration-00000008.pt").unlink()
+    resumed = launch("quickstart", *words(tmp_path / "parts", **four), processes=2)
+    assert resumed.returncode == 0 and "resuming from" in resumed.stdout
+    whole, parts = (weights(tmp_path / name, 8) for name in ("whole", "parts"))
+    assert not [name for name in whole if not torch.equal(whole[name], parts[name])]
+
+
+def test_a_finished_run_goes_on_without_its_weights_file(tmp_path: Path) -> None:
+    nothing, output = yaml_of_nothing(tmp_path), tmp_path / "run"
+    assert main([nothing, *words(tmp_path / "first", optim__epochs=1)]) == 0
+    teacher = tmp_path / "first" / "teacher.safetensors"
+    changes = {"MODEL__WEIGHTS": teacher, "optim__epochs": 1}
+    assert main([nothing, *words(output, **changes)]) == 0
+    teacher.unlink()
+    assert main([nothing, *words(output, **changes | {"optim__epochs": 2})]) == 0
+    assert [line["iteration"] for line in metrics(output)] == list(range(1, 9))
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nothing, output = yaml_of_nothing(tmp_path), tmp_path / "run"
+    changes = {"optim__epochs": 1, "evaluation__eval_period_iterations": 0}
+    assert main([nothing, *words(output, **changes)]) == 0
+    whole = (output / "evaluation.jsonl").read_text()
+    assert [json.loads(line)["iteration"] for line in whole.splitlines()] == [4]
+    for left in (whole[:-15], None):
+        (output / "evaluation.jsonl").unlink()
+        if left:
+            (output / "evaluation.jsonl").write_text(left)
+        assert main([nothing, *words(output, **changes)]) == 0
+        assert "k-NN accuracy on 359 held-out images" in capsys.readouterr().out
+        assert (output / "evaluation.jsonl").read_text() == whole
+
+
+def test_what_is_refused_leaves_everything_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nothing, output = yaml_of_nothing(tmp_path), tmp_path / "run"
+    assert main([nothing, *words(output, optim__epochs=1)]) == 0
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (20, 20)).save(images / "a.png")
+    refused = {
+        "student__depth": (3, "backbone"),
+        "dino__head_n_prototypes": (40, "heads"),
+        "checkpoint__resume": ("never", "holds 1 checkpoints"),
+        "performance__precision": ("bf16", "needs a GPU"),
+    }
+    for key, (value, message) in refused.items():
+        capsys.readouterr()
+        change = {key: value, "train__dataset_path": images, "data__cache_dir": tmp_path / "cache"}
+        assert main([nothing, *words(output, optim__epochs=1, **change)]) == 2, key
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "cache").exists(), "nothing was converted for a run that cannot be"
+
+
+def test_missing_weights_are_a_message(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nothing = yaml_of_nothing(tmp_path)
+    assert main([nothing, *words(tmp_path / "run", MODEL__WEIGHTS="nowhere.pt")]) == 2
+    assert "no file of weights at nowhere.pt" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
