@@ -3,13 +3,13 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load_teacher"]
+__all__ = ["load_teacher", "prepare_image"]
 
 
 def __getattr__(name: str) -> Any:
     # Deferred, so that the command line does not import torch to print its help.
-    if name == "load_teacher":
-        from dinocomp.interop import load_teacher
+    if name in __all__:
+        from dinocomp import interop
 
-        return load_teacher
+        return getattr(interop, name)
     raise AttributeError(f"module 'dinocomp' has no attribute '{name}'")

@@ -365,6 +365,7 @@ def build_training(
             architecture=backbone_arguments(config),
             mean=config.crops.mean,
             std=config.crops.std,
+            view=(resize, crop),
             iteration=iteration,
             config=to_yaml(config),
         )

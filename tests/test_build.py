@@ -20,7 +20,7 @@ def config(**changes):
 
 
 def test_parameter_counts_of_shipped_runs() -> None:
-    """Spec 1.3, in millions; nothing is allocated for a ViT-g."""
+    """In millions, as the reference counts them; nothing is allocated for a ViT-g."""
     for yaml, backbone, head in (("vitl16_short", 303.35, 23.66), ("vitl14", 303.66, 57.55)):
         counts = build.count_parameters(load_config(yaml).config)
         assert counts["backbone"] / 1e6 == pytest.approx(backbone, abs=0.01)

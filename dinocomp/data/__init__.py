@@ -1,6 +1,6 @@
 """Images -> shards -> crops and masks -> batches."""
 
-from dinocomp.data.crops import CropSettings, multi_crop
+from dinocomp.data.crops import CropSettings, evaluation_view, multi_crop
 from dinocomp.data.images import decode_rgb
 from dinocomp.data.listing import ClassName, Source
 from dinocomp.data.loader import Batch, MultiCropDataset, training_loader
@@ -28,6 +28,7 @@ __all__ = [
     "decode_rgb",
     "ensure_shards",
     "evaluation_pair",
+    "evaluation_view",
     "find_sources",
     "max_masked_patches",
     "multi_crop",

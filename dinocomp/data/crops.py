@@ -1,7 +1,7 @@
 """Multi-crop augmentation: parameters drawn by pure functions, applied to uint8 tensors.
 
-The order of a crop's operations is crop and resize, flip, colour jitter, grey, blur, solarize (spec 1.6). Mean and
-standard deviation are subtracted later, on the device.
+The order of a crop's operations is crop and resize, flip, colour jitter, grey, blur, solarize, as in the reference.
+Pixels are normalised later, on the device.
 """
 
 import math
@@ -178,3 +178,16 @@ def apply_crop(image: torch.Tensor, size: int, parameters: CropParameters, setti
     if parameters.solarize:
         crop = F.solarize(crop, float(settings.solarize_threshold))
     return crop
+
+
+def evaluation_view(image: torch.Tensor, resize: int, crop: int) -> torch.Tensor:
+    """The view that features are taken of: shorter side to `resize` pixels, bicubic, then the centre.
+
+    Args:
+        image: uint8 [3, H, W].
+
+    Returns:
+        uint8 [3, crop, crop].
+    """
+    image = F.resize(image, [resize], interpolation=InterpolationMode.BICUBIC, antialias=True)  # [3, H', W']
+    return F.center_crop(image, [crop, crop])

@@ -2,8 +2,9 @@
 
 Over the global batch of M images there are 2M global crops, of which n = int(2M * p) are masked. The range of mask
 ratios is cut into n strata of equal width and every masked crop gets one stratum, so that a batch always covers the
-whole range (spec 1.6). Strata are dealt out so that any rank's share is spread over the range too; then the number of
-masked patches on a rank has a tight upper bound that never changes, and tensors sized by it never change shape.
+whole range, as in the reference. Strata are dealt out so that any rank's share is spread over the range too; then the
+number of masked patches on a rank has a tight upper bound that never changes, and tensors sized by it never change
+shape.
 """
 
 import math

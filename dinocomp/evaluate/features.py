@@ -4,12 +4,11 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import torchvision.transforms.v2.functional as F
 from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinocomp.data import Images, decode_rgb
+from dinocomp.data import Images, decode_rgb, evaluation_view
 from dinocomp.models import VisionTransformer
 
 
@@ -18,12 +17,6 @@ class Features(NamedTuple):
 
     vectors: Tensor  # [n, D] fp32, on the CPU
     labels: Tensor  # [n] int64
-
-
-def evaluation_view(image: Tensor, resize: int, crop: int) -> Tensor:
-    """Shorter side to `resize`, bicubic, then the centre: uint8 [3, H, W] -> uint8 [3, crop, crop]."""
-    image = F.resize(image, [resize], interpolation=F.InterpolationMode.BICUBIC, antialias=True)
-    return F.center_crop(image, [crop, crop])
 
 
 class _Views(Dataset):

@@ -1,6 +1,6 @@
 """Weights in and out."""
 
-from dinocomp.interop.teacher import load_teacher, read_teacher, save_teacher
+from dinocomp.interop.teacher import load_teacher, prepare_image, read_teacher, save_teacher
 from dinocomp.interop.weights import check_file, load_backbone, load_run
 
-__all__ = ["check_file", "load_backbone", "load_run", "load_teacher", "read_teacher", "save_teacher"]
+__all__ = ["check_file", "load_backbone", "load_run", "load_teacher", "prepare_image", "read_teacher", "save_teacher"]

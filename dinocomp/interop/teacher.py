@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dinocomp.data import decode_rgb, evaluation_view
 from dinocomp.errors import WeightsError
 from dinocomp.models import VisionTransformer
 
@@ -22,6 +24,7 @@ def save_teacher(
     architecture: Mapping[str, Any],
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    view: tuple[int, int],
     iteration: int,
     config: str,
 ) -> None:
@@ -31,6 +34,7 @@ def save_teacher(
         networks: by name: backbone, dino_head, ibot_head. Their weights get the name as a prefix (``backbone.``).
         architecture: arguments of `VisionTransformer`.
         mean, std: of the pixels that the backbone expects, by channel, in [0, 1].
+        view: `resize` and `crop` of `evaluation_view`, in pixels.
         iteration: finished optimizer steps.
         config: the run's configuration as YAML.
     """
@@ -44,6 +48,7 @@ def save_teacher(
         "architecture": json.dumps(dict(architecture)),
         "mean": json.dumps(list(mean)),
         "std": json.dumps(list(std)),
+        "view": json.dumps(list(view)),
         "iteration": str(iteration),
         "config": config,
     }
@@ -78,8 +83,8 @@ def read_teacher(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load_teacher(path: str | Path) -> VisionTransformer:
     """The backbone of a run's teacher, ready to use.
 
-    It is in eval mode, and carries the `mean` and `std` (lists, by channel) that its images are to be normalised with:
-    (pixels / 255 - mean) / std.
+    It is in eval mode, and carries what `prepare_image` needs: `mean` and `std` (lists, by channel), with which its
+    images are normalised as (pixels / 255 - mean) / std, and `view` (pixels to resize and to crop to).
 
     Args:
         path: a ``teacher.safetensors``.
@@ -91,5 +96,16 @@ def load_teacher(path: str | Path) -> VisionTransformer:
     backbone = VisionTransformer(**json.loads(about["architecture"]))
     prefix = "backbone."
     backbone.load_state_dict({n.removeprefix(prefix): w for n, w in tensors.items() if n.startswith(prefix)})
-    backbone.mean, backbone.std = json.loads(about["mean"]), json.loads(about["std"])
+    backbone.mean, backbone.std, backbone.view = (json.loads(about[name]) for name in ("mean", "std", "view"))
     return backbone.eval()
+
+
+def prepare_image(path: str | Path, backbone: VisionTransformer) -> Tensor:
+    """An image file as the evaluation shows it to `backbone` (of `load_teacher`): [1, 3, crop, crop].
+
+    Raises:
+        DataError: the file is no image.
+    """
+    pixels = evaluation_view(decode_rgb(Path(path).read_bytes()), *backbone.view)  # uint8 [3, crop, crop]
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (backbone.mean, backbone.std))
+    return ((pixels / 255 - mean) / std)[None]

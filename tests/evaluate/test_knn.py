@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from dinocomp.data import Sample
+from dinocomp.data import Sample, evaluation_view
 from dinocomp.evaluate import Features, extract_features, gather_features, knn_accuracy
-from dinocomp.evaluate.features import evaluation_view
 from dinocomp.models import VisionTransformer
 
 

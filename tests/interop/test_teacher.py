@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import dinocomp
@@ -39,6 +40,7 @@ def saved(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
         architecture=backbone_arguments(config),
         mean=(0.1, 0.2, 0.3),
         std=(0.4, 0.5, 0.6),
+        view=(36, 32),
         iteration=7,
         config="a: 1",
     )
@@ -55,6 +57,17 @@ def test_round_trip(saved: tuple[Path, torch.nn.Module]) -> None:
     assert about["iteration"] == "7" and about["config"] == "a: 1"
     assert {name.split(".")[0] for name in tensors} == {"backbone", "dino_head"}
     assert not list(path.parent.glob(".*")), "no partial file stays"
+
+
+def test_an_image_is_prepared_as_for_evaluation(saved: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    path, _ = saved
+    model = dinocomp.load_teacher(path)
+    Image.new("RGB", (80, 60), (255, 0, 51)).save(tmp_path / "photo.png")
+    image = dinocomp.prepare_image(tmp_path / "photo.png", model)
+    assert image.shape == (1, 3, 32, 32)
+    expected = torch.tensor([(1 - 0.1) / 0.4, (0 - 0.2) / 0.5, (0.2 - 0.3) / 0.6])
+    torch.testing.assert_close(image[0, :, 16, 16], expected)
+    assert model(image).cls.shape == (1, 24)
 
 
 def test_mistakes(saved: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_half_precision_computes_losses_in_fp32(dtype: torch.dtype) -> None:
 
 
 def test_first_steps_of_a_run() -> None:
-    """Spec 2.5: 65,536 prototypes behind a bottleneck of 256 start near 10.03 (local), 1.25 (global), 5.64 (iBOT).
+    """65,536 prototypes behind a bottleneck of 256 start near 10.03 (local), 1.25 (global), 5.64 (iBOT).
 
     These are the terms of targets that know nothing of the student's logits. In the very first step they do: the
     teacher is the student, and LayerScale hides the image from the class token, so both have the same logits (9.2

@@ -116,7 +116,7 @@ def test_unknown_targets() -> None:
 
 
 def test_step_zero_values() -> None:
-    """Spec 2.5: with K prototypes and bottleneck d, cross-entropy starts near ln K + 50 / d."""
+    """With K prototypes and bottleneck d, cross-entropy starts near ln K + 50 / d."""
     torch.manual_seed(0)
     prototypes, bottleneck, batch, local = 65536, 256, 4, 8
 

@@ -41,7 +41,7 @@ def test_published_layouts() -> None:
 
 
 def test_parameter_counts() -> None:
-    """Sizes of a ViT-S/16 and a ViT-L/14 with SwiGLU, in millions (spec 1.3)."""
+    """Sizes of a ViT-S/16 and a ViT-L/14 with SwiGLU, in millions."""
     with torch.device("meta"):
         small = VisionTransformer(embed_dim=384, depth=12, num_heads=6, init_values=1e-5)
         large = VisionTransformer(
@@ -97,7 +97,7 @@ def test_an_image_that_is_no_whole_number_of_patches() -> None:
 
 
 def test_initial_weights() -> None:
-    """Spec 1.3: which distribution each weight starts from."""
+    """Which distribution each weight starts from."""
     model = tiny(embed_dim=192, num_register_tokens=4, init_values=1e-5)
     assert not model.mask_token.any()
     assert model.cls_token.detach().std() < 1e-5 and model.register_tokens.detach().std() < 1e-5
@@ -130,7 +130,7 @@ def test_drop_path_rates() -> None:
 
 
 def test_drop_path_keeps_a_subset_and_its_mean() -> None:
-    """Spec 1.3: s = max(int(b * (1 - r)), 1) sequences, scaled by b / s, drawn for each crop size by itself."""
+    """s = max(int(b * (1 - r)), 1) sequences, scaled by b / s, drawn for each crop size by itself."""
     torch.manual_seed(0)
     groups = [(7, 5), (3, 2)]
     rows, scale, kept = kept_rows(groups, 0.3, torch.device("cpu"))
