@@ -1,0 +1,45 @@
+"""What is shown to the networks, from a configuration."""
+
+from composer.utils import dist
+from torch.utils.data import DataLoader
+
+from dinocomp.config import Config, derive
+from dinocomp.data import CropSettings, Images, MaskSettings, training_loader
+
+
+def crop_settings(config: Config) -> CropSettings:
+    """The crops' section, less the normalisation, which happens on the device."""
+    return CropSettings(**{name: value for name, value in vars(config.crops).items() if name not in ("mean", "std")})
+
+
+def mask_settings(config: Config) -> MaskSettings:
+    """How global crops are masked; not at all where iBOT is off."""
+    ibot, side = config.ibot, config.crops.global_crops_size // config.student.patch_size
+    ratio_min, ratio_max = ibot.mask_ratio_min_max
+    return MaskSettings(
+        grid=(side, side),
+        sample_probability=ibot.mask_sample_probability if ibot.loss_weight else 0.0,
+        ratio_min=ratio_min,
+        ratio_max=ratio_max,
+        block_min_patches=ibot.mask_block_min_patches,
+        block_max_fraction=ibot.mask_block_max_fraction,
+        block_min_aspect=ibot.mask_block_min_aspect,
+    )
+
+
+def build_loader(config: Config, images: Images, *, pin_memory: bool) -> DataLoader:
+    """This rank's batches of the whole run."""
+    return training_loader(
+        images,
+        crops=crop_settings(config),
+        masks=mask_settings(config),
+        batch_size=config.train.batch_size_per_gpu,
+        world_size=dist.get_world_size(),
+        rank=dist.get_global_rank(),
+        iterations=derive.total_iterations(config),
+        seed=config.train.seed,
+        num_workers=config.train.num_workers,
+        prefetch_factor=config.data.prefetch_factor,
+        timeout_seconds=config.data.timeout_seconds,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,175 @@
+"""The whole run, from a configuration: images, model, loader, and Composer's Trainer around them."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from composer import Trainer
+from composer.core import DataSpec
+from composer.devices import DeviceCPU, DeviceGPU
+from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
+from composer.utils import dist, reproducibility
+from torch.utils.data import DataLoader
+
+from dinocomp.build.data import build_loader
+from dinocomp.build.model import backbone_arguments, build_model
+from dinocomp.build.optim import build_optimizer, build_schedules
+from dinocomp.build.start import Start
+from dinocomp.callbacks import (
+    ApplySchedules,
+    Checkpoints,
+    ClipGradients,
+    FirstBatchPicture,
+    Metrics,
+    OnlineEvaluation,
+    RestoreRandomState,
+    UpdateTeacher,
+)
+from dinocomp.callbacks.evaluation import LabelledPair
+from dinocomp.config import Config, derive, to_yaml
+from dinocomp.data import evaluation_pair, open_images
+from dinocomp.errors import ConfigError
+from dinocomp.interop import save_teacher
+from dinocomp.method import DINOv2
+
+log = logging.getLogger(__name__)
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_COMPOSER_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp_fp16"}
+
+
+@dataclass
+class Run:
+    """A run that is ready to start. `evaluation.pair` is None where nothing is labelled."""
+
+    trainer: Trainer
+    model: DINOv2
+    clip: ClipGradients
+    evaluation: OnlineEvaluation
+    iterations: int
+    start: Start
+
+
+def build_run(config: Config, start: Start) -> Run:
+    """Everything, in order: images, model, loader, trainer."""
+    cache = config.data.cache_dir
+    images = open_images(config.train.dataset_path, split="train", cache_dir=cache)
+    log.info("training images: %s (%d)", images.path, len(images))
+    pair = evaluation_pair(
+        config.train.dataset_path,
+        config.evaluation.train_dataset_path,
+        config.evaluation.val_dataset_path,
+        cache_dir=cache,
+    )
+    # The same weights on every rank; the Trainer then seeds each rank differently for what is drawn while training.
+    reproducibility.seed_all(config.train.seed)
+    model = build_model(config, dist.get_world_size(), initial_weights=start.checkpoint is None)
+    loader = build_loader(config, images, pin_memory=start.gpu)
+    return build_training(config, start, model, loader, LabelledPair(*pair) if pair else None)
+
+
+def build_training(
+    config: Config, start: Start, model: DINOv2, loader: DataLoader, pair: LabelledPair | None = None
+) -> Run:
+    """Composer's Trainer with everything around a step."""
+    iterations, output = derive.total_iterations(config), start.output
+    optimizer, multipliers = build_optimizer(config, model)
+    schedules = build_schedules(config, dist.get_world_size())
+    resize, crop = derive.evaluation_crop(config)
+
+    def export_teacher(path: Path, iteration: int) -> None:
+        save_teacher(
+            path,
+            model.networks("teacher"),
+            architecture=backbone_arguments(config),
+            mean=config.crops.mean,
+            std=config.crops.std,
+            view=(resize, crop),
+            iteration=iteration,
+            config=to_yaml(config),
+        )
+
+    random_state = RestoreRandomState()
+    clip = ClipGradients(model, config.optim.clip_grad)
+    evaluation = OnlineEvaluation(
+        model,
+        pair,
+        folder=output,
+        period=config.evaluation.eval_period_iterations,
+        at_start=config.evaluation.at_start,
+        resize=resize,
+        crop=crop,
+        ks=config.evaluation.knn_k,
+        temperature=config.evaluation.knn_temperature,
+        batch_size=config.evaluation.batch_size,
+        num_workers=config.train.num_workers,
+        timeout_seconds=config.data.timeout_seconds,
+        autocast=_AUTOCAST[start.precision],
+        export_teacher=export_teacher,
+    )
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataSpec(
+            loader,
+            get_num_samples_in_batch=lambda batch: len(batch["index"]),
+            get_num_tokens_in_batch=lambda batch: 0,
+        ),
+        optimizers=optimizer,
+        max_duration=f"{iterations}ba",
+        device=DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU(),
+        device_train_microbatch_size=config.train.batch_size_per_gpu,
+        precision=_COMPOSER_PRECISION[start.precision],
+        callbacks=[  # within an event they run in this order
+            random_state,
+            ApplySchedules(model, schedules, multipliers),
+            FirstBatchPicture(output / "pictures" / "first_batch.png"),
+            clip,
+            UpdateTeacher(model),
+            Metrics(model, clip, schedules, folder=output, period=config.loggers.period_iterations, total=iterations),
+            evaluation,
+            Checkpoints(
+                output / "checkpoints",
+                interval=derive.checkpoint_interval(config),
+                max_to_keep=config.checkpoint.max_to_keep,
+                total=iterations,
+                export_teacher=lambda iteration: export_teacher(output / "teacher.safetensors", iteration),
+            ),
+        ],
+        loggers=build_loggers(config, output),
+        progress_bar=False,
+        log_to_console=False,
+        load_path=str(start.checkpoint) if start.checkpoint else None,
+        run_name=output.resolve().name,
+        seed=config.train.seed,
+    )
+    random_state.attach(trainer)
+    return Run(trainer, model, clip, evaluation, iterations, start)
+
+
+def build_loggers(config: Config, output: Path) -> list[LoggerDestination]:
+    """The loggers beside metrics.jsonl; each is on by one key.
+
+    Raises:
+        ConfigError: a logger's package is not installed.
+    """
+    wanted, name = config.loggers, output.resolve().name
+    # MLflow's own variable wins; else it would write into the working directory.
+    tracking = None if "MLFLOW_TRACKING_URI" in os.environ else (output.resolve() / "mlruns").as_uri()
+    makers = {
+        "tensorboard": lambda: TensorboardLogger(log_dir=str(output / "tensorboard")),
+        "wandb": lambda: WandBLogger(project=wanted.wandb, name=name, init_kwargs={"dir": str(output)}),
+        "mlflow": lambda: MLFlowLogger(experiment_name=wanted.mlflow, run_name=name, tracking_uri=tracking),
+    }
+    loggers = []
+    for key, make in makers.items():
+        if getattr(wanted, key):
+            try:
+                loggers.append(make())
+            except ImportError as error:
+                raise ConfigError(
+                    f"loggers.{key} is on, but its package cannot be imported ({error}). "
+                    f"Type pip install 'dinocomp[{key}]' (in a checkout: pip install -e '.[{key}]')."
+                ) from error
+    return loggers
