@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import resource
+import statistics
 import sys
 import time
 from collections import deque
@@ -87,12 +88,10 @@ class Metrics(Callback):
         on_device |= {f"grad_norm/{name}": norm for name, norm in self.clip.norms.items()}
         values = torch.stack([value.float().reshape(()) for value in on_device.values()])
         dist.all_reduce(values)
-        numbers = dict(
-            zip(on_device, (values / dist.get_world_size()).tolist(), strict=True)
-        )  # one wait for the device
+        # The one place that waits for the device.
+        numbers = dict(zip(on_device, (values / dist.get_world_size()).tolist(), strict=True))
 
         seconds = time.perf_counter() - self.window_start
-        self.step_seconds.append(seconds / self.window_steps)
         used = self.schedules.at(finished - 1)
         record = {
             "iteration": finished,
@@ -114,7 +113,8 @@ class Metrics(Callback):
         return record
 
     def _show(self, record: dict[str, float], finished: int) -> None:
-        left = (self.total - finished) * sum(self.step_seconds) / len(self.step_seconds)
+        self.step_seconds.append(record["seconds_per_iteration"])
+        left = (self.total - finished) * statistics.median(self.step_seconds)  # the first step of a process is slow
         losses = {n.removeprefix("loss/"): value for n, value in record.items() if n.startswith("loss/")}
         total = losses.pop("total")
         terms = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
