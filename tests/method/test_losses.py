@@ -49,6 +49,12 @@ def test_koleo_of_twins_and_of_one_image_is_finite() -> None:
     torch.testing.assert_close(koleo_loss(torch.randn(1, 384)), torch.tensor(-math.log((384**0.5 + 1) * 1e-8)))
 
 
+def test_koleo_looks_for_others_also_when_they_point_away() -> None:
+    """Two rows at 120 degrees: their cosine is below 0, and they are each other's nearest all the same."""
+    x = torch.tensor([[1.0, 0.0], [-0.5, 0.75**0.5]])
+    torch.testing.assert_close(koleo_loss(x), torch.tensor(-math.log(3**0.5)))
+
+
 def test_koleo_is_fp32_under_autocast() -> None:
     x = torch.randn(8, 16)
     with torch.autocast("cpu", torch.bfloat16):
