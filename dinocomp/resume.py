@@ -1,5 +1,6 @@
 """Where a run goes on."""
 
+import zipfile
 from pathlib import Path
 
 from composer.utils import dist
@@ -16,7 +17,7 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
 
     Raises:
         ConfigError: one is needed and there is none, a fresh start is asked for where there are some, or a rank does
-            not see what rank 0 sees.
+            not see what rank 0 sees, or the newest is damaged.
     """
     shared = [list_checkpoints(folder) if dist.get_global_rank() == 0 else None]
     dist.broadcast_object_list(shared, src=0)
@@ -37,5 +38,10 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
         raise ConfigError(
             f"rank 0 goes on from {found[-1]}, which rank {dist.get_global_rank()} does not see. "
             "Put train.output_dir on storage that all machines share."
+        )
+    if not zipfile.is_zipfile(found[-1]):  # torch's files are; a cut one has lost the directory at its end
+        raise ConfigError(
+            f"{found[-1]} is no whole checkpoint ({found[-1].stat().st_size} bytes; a full disk or a broken copy?). "
+            "Delete it, and the run goes on from the one before it."
         )
     return found[-1]

@@ -24,10 +24,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         train([word for word in arguments if word != "--debug"])
     except DinocompError as error:
+        logging.getLogger("dinocomp").debug("error: %s", error)  # to train.log, where there is one
         if "--debug" in arguments:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        _stop_log()
     return 0
 
 
@@ -38,6 +41,7 @@ def train(arguments: Sequence[str]) -> None:
         DinocompError: what is wrong and what to type instead.
     """
     from dinocomp.config import load_config, split_arguments, to_yaml
+    from dinocomp.errors import ConfigError
 
     loaded = load_config(*split_arguments(arguments))  # before the slow imports, so that a slip shows at once
     config = loaded.config
@@ -51,20 +55,32 @@ def train(arguments: Sequence[str]) -> None:
         _share_cores()
     dist.initialize_dist(get_device("gpu" if gpu else "cpu"), timeout=1800)
     start = check_start(config)
-    start.output.mkdir(parents=True, exist_ok=True)
     log = logging.getLogger("dinocomp")
-    if dist.get_global_rank() == 0:
-        _start_log(start.output)
+    try:
+        start.output.mkdir(parents=True, exist_ok=True)
+        if dist.get_global_rank() == 0:
+            _start_log(start.output)
+    except OSError as error:
+        raise ConfigError(f"train.output_dir={start.output} cannot be written to: {error}; give another one") from error
     for notice in loaded.notices:
         log.info("note: %s", notice)
 
     run = build_run(config, start)
-    if dist.get_global_rank() == 0:
-        made_of = f"Made by: composer dinocomp/train.py {' '.join(arguments)}\nThis file alone reproduces the run."
-        (start.output / "config.yaml").write_text(to_yaml(config, header=made_of))
+    finished = int(run.trainer.state.timestamp.batch)
     if start.checkpoint:
         log.info("resuming from %s", start.checkpoint)
-    if int(run.trainer.state.timestamp.batch) >= run.iterations:
+        if config.MODEL.WEIGHTS or config.student.pretrained_weights:
+            log.info("note: weights to start from are not read again; a new train.output_dir starts from them")
+        for line in start.changed:
+            log.info("note: %s", line)
+    if finished < run.iterations and dist.get_global_rank() == 0:
+        path = start.output / "config.yaml"
+        made_of = f"Made by: composer dinocomp/train.py {' '.join(arguments)}\nThis file alone reproduces the run."
+        if start.changed:
+            path.rename(start.output / f"config-until-{finished:08d}.yaml")
+            made_of += f"\nUp to iteration {finished} it was another: config-until-{finished:08d}.yaml"
+        path.write_text(to_yaml(config, header=made_of))
+    if finished >= run.iterations:
         log.info("this run is finished: %d of %d iterations", run.iterations, run.iterations)
         run.evaluation.fit_end(run.trainer.state, run.trainer.logger)  # a run may have been killed in between
     else:
@@ -119,6 +135,13 @@ class _Terminal(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         clear = "\r\x1b[2K" if self.stream.isatty() else ""
         return clear + super().format(record)
+
+
+def _stop_log() -> None:
+    log = logging.getLogger("dinocomp")
+    for handler in log.handlers[:]:
+        handler.close()
+        log.removeHandler(handler)
 
 
 def _start_log(output: Path) -> None:

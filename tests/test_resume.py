@@ -148,8 +148,8 @@ def test_what_is_refused_leaves_everything_as_it_was(tmp_path: Path, capsys: pyt
     images.mkdir()
     Image.new("RGB", (20, 20)).save(images / "a.png")
     refused = {
-        "student__depth": (3, "backbone"),
-        "dino__head_n_prototypes": (40, "heads"),
+        "student__depth": (3, "student.depth was 2, is 3"),
+        "dino__head_n_prototypes": (40, "dino.head_n_prototypes was 32, is 40"),
         "checkpoint__resume": ("never", "holds 1 checkpoints"),
         "performance__precision": ("bf16", "needs a GPU"),
     }
@@ -160,6 +160,40 @@ def test_what_is_refused_leaves_everything_as_it_was(tmp_path: Path, capsys: pyt
         assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "cache").exists(), "nothing was converted for a run that cannot be"
+
+
+def test_what_changed_is_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A run that goes on with other settings says which, and keeps the old ones; a finished one keeps its config."""
+    nothing, output = yaml_of_nothing(tmp_path), tmp_path / "run"
+    assert main([nothing, *words(output, optim__epochs=1)]) == 0
+    first = (output / "config.yaml").read_text()
+    assert main([nothing, *words(output, optim__epochs=1, train__seed=5)]) == 0
+    assert "note: train.seed was 0, is 5" in capsys.readouterr().out
+    assert (output / "config.yaml").read_text() == first
+    assert main([nothing, *words(output, optim__epochs=2, train__seed=5)]) == 0
+    said = capsys.readouterr().out
+    assert "note: train.seed was 0, is 5" in said and "note: optim.epochs was 1, is 2" in said
+    assert (output / "config-until-00000004.yaml").read_text() == first
+    assert load_config(str(output / "config.yaml")).config.train.seed == 5
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nothing, output = yaml_of_nothing(tmp_path), tmp_path / "run"
+    assert main([nothing, *words(output, optim__epochs=2)]) == 0
+    newest = output / "checkpoints" / "iteration-00000008.pt"
+    newest.write_bytes(newest.read_bytes()[:20_000])
+    assert main([nothing, *words(output, optim__epochs=2)]) == 2
+    assert "iteration-00000008.pt is no whole checkpoint (20000 bytes" in capsys.readouterr().err
+    newest.unlink()
+    assert main([nothing, *words(output, optim__epochs=2)]) == 0
+    assert "iteration-00000004.pt" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("x")
+    for where in ("file", "file/below"):
+        assert main([yaml_of_nothing(tmp_path), *words(tmp_path / where)]) == 2
+        assert "cannot be written to" in capsys.readouterr().err
 
 
 def test_missing_weights_are_a_message(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -29,6 +29,7 @@ from dinocomp.callbacks import (
 )
 from dinocomp.callbacks.evaluation import LabelledPair
 from dinocomp.config import Config, derive, to_yaml
+from dinocomp.config.advice import warnings
 from dinocomp.data import evaluation_pair, open_images
 from dinocomp.errors import ConfigError
 from dinocomp.interop import save_teacher
@@ -57,6 +58,8 @@ def build_run(config: Config, start: Start) -> Run:
     cache = config.data.cache_dir
     images = open_images(config.train.dataset_path, split="train", cache_dir=cache)
     log.info("training images: %s (%d)", images.path, len(images))
+    for advice in warnings(config, dist.get_world_size(), len(images)):
+        log.warning("warning: %s: %s", advice.what, advice.remedy)
     pair = evaluation_pair(
         config.train.dataset_path,
         config.evaluation.train_dataset_path,

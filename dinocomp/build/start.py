@@ -7,6 +7,7 @@ import torch
 
 from dinocomp.build.model import backbone_arguments
 from dinocomp.config import Config, derive, load_config
+from dinocomp.config.keys import walk
 from dinocomp.errors import ConfigError
 from dinocomp.interop import check_file
 from dinocomp.resume import find_checkpoint
@@ -20,12 +21,14 @@ class Start:
         gpu: whether to train on GPUs.
         precision: `fp32`, `bf16` or `fp16`.
         checkpoint: the checkpoint to go on from, None for a fresh start.
+        changed: for a run that goes on, "KEY was A, is B" for every key that is not what it was.
     """
 
     gpu: bool
     precision: str
     output: Path
     checkpoint: Path | None
+    changed: tuple[str, ...] = ()
 
 
 def on_gpu(config: Config) -> bool:
@@ -50,22 +53,29 @@ def check_start(config: Config) -> Start:
         DinocompError: the machine, the output folder or a file of weights does not go with the configuration.
     """
     gpu, output = on_gpu(config), Path(config.train.output_dir).expanduser()
-    start = Start(
-        gpu=gpu,
-        precision=derive.precision(config, gpu),
-        output=output,
-        checkpoint=find_checkpoint(output / "checkpoints", config.checkpoint.resume),
-    )
-    if start.checkpoint is None:
+    precision = derive.precision(config, gpu)
+    checkpoint = find_checkpoint(output / "checkpoints", config.checkpoint.resume)
+    changed: list[str] = []
+    if checkpoint is None:
         for path in filter(None, (config.MODEL.WEIGHTS, config.student.pretrained_weights)):
             check_file(path)
     elif (output / "config.yaml").is_file():
         earlier = load_config(str(output / "config.yaml")).config
-        for what, describe in (("backbone", backbone_arguments), ("heads", derive.head_sizes)):
-            if describe(earlier) != describe(config):
-                raise ConfigError(
-                    f"{start.checkpoint} cannot go on: its {what} were {describe(earlier)}, "
-                    f"the configuration asks for {describe(config)}. Give another train.output_dir, "
-                    f"or the settings of {output / 'config.yaml'}."
-                )
-    return start
+        changed = differences(earlier, config)
+        if any(describe(earlier) != describe(config) for describe in (backbone_arguments, derive.head_sizes)):
+            networks = [line for line in changed if line.startswith(("student.", "dino.", "ibot.", "crops."))]
+            raise ConfigError(
+                f"{checkpoint} holds other networks: {'; '.join(networks)}. "
+                f"Give another train.output_dir, or the settings of {output / 'config.yaml'}."
+            )
+    return Start(gpu, precision, output, checkpoint, tuple(changed))
+
+
+def differences(earlier: Config, now: Config) -> list[str]:
+    """ "KEY was A, is B" for every key whose value differs, but for the output folder."""
+    before = {spec.name: spec.default for spec in walk(earlier)}
+    return [
+        f"{spec.name} was {before[spec.name]}, is {spec.default}"
+        for spec in walk(now)
+        if before[spec.name] != spec.default and spec.name != "train.output_dir"
+    ]

@@ -159,11 +159,11 @@ def _dataset(config: Config, world_size: int, dataset_size: int) -> Iterator[Adv
         sizes = " ".join(f"{_SECTIONS[name]}.head_n_prototypes={fitting}" for name in heads)
         yield Advice(
             f"{dataset_size:,} images are few: defaults were chosen for a million and more",
-            ("" if scaled else f"type recipes=[small_data] {sizes}, and ")
+            ("" if scaled else f"add the recipe small_data and type {sizes} (it has 2,048), and ")
             + "trust the k-NN accuracy on held-out images, not the loss",
         )
     for name, head in heads.items():
-        if head.prototypes > dataset_size:
+        if head.prototypes > dataset_size >= 10_000:
             yield Advice(
                 f"{head.prototypes:,} prototypes in {name} are more than the {dataset_size:,} images",
                 f"type {_SECTIONS[name]}.head_n_prototypes={fitting}",

@@ -19,7 +19,7 @@ _FLAGS: dict[str, tuple[bool, str]] = {
     "output-dir": (True, "train.output_dir={}"),
     "save-frequency": (True, "checkpoint.save_frequency={}"),
     "max-to-keep": (True, "checkpoint.max_to_keep={}"),
-    "no-resume": (False, "checkpoint.resume=never"),
+    "no-resume": (False, "train.output_dir=A_NEW_FOLDER (a folder that holds a run is gone on with)"),
 }
 
 
@@ -39,6 +39,11 @@ def _unflag(words: Sequence[str]) -> tuple[list[str], list[str]]:
     rest = list(words)
     while rest:
         word = rest.pop(0)
+        if word in ("-h", "--help"):
+            problems.append(
+                f"{USAGE}\nRuns and recipes: `dinocomp recipes`; keys: docs/config.md, or `dinocomp plan YAML --full`"
+            )
+            continue
         if not word.startswith("-") or word == "-":
             kept.append(word)
             continue
@@ -71,7 +76,7 @@ def parse(words: Sequence[str]) -> Words:
     for word in kept:
         name, equals, text = word.partition("=")
         if not equals or not name:
-            parsed.problems.append(f"{word!r} on the command line is not of the form key=value")
+            parsed.problems.append(f"{word!r} on the command line is not of the form key=value (no spaces)")
             continue
         try:
             tree = OmegaConf.from_dotlist([f"value={text}"])

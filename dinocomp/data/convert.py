@@ -139,7 +139,8 @@ def _convert_split(
         _refuse(manifest["unreadable"], strict)
         return split_report(manifest, final, reused=True)
     if progress:
-        print(f"converting {len(source.items)} images of {source.origin} to {final}", file=sys.stderr, flush=True)
+        what = f"converting {len(source.items)} images of {source.origin} ({source.kind}) to {final}"
+        print(what, file=sys.stderr, flush=True)
     _prepare(partial, wanted)
     done = _write_parts(source, partial, settings, workers, strict, progress)
     manifest = wanted | _manifest(source, done)

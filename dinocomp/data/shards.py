@@ -10,7 +10,7 @@ from typing import TypeVar
 from dinocomp.data.convert import convert, listing_digest, read_manifest
 from dinocomp.data.listing import DIGITS, Source
 from dinocomp.data.reader import INDEX, Images, cached_index, open_local, open_remote, read_index
-from dinocomp.data.sources import find_sources
+from dinocomp.data.sources import SPLITS, find_sources, parse_reference
 from dinocomp.data.tars import TAR_ENDINGS
 from dinocomp.errors import DataError
 
@@ -18,7 +18,6 @@ GRAMMAR = (
     "a folder of shards, a folder with train/ and val/ shards, a remote such as s3://bucket/path, a folder of images, "
     "a .tar file, ImageNet:split=TRAIN:root=ROOT:extra=EXTRA, or digits"
 )
-_SPLITS = ("train", "val", "test")
 T = TypeVar("T")
 
 
@@ -144,20 +143,20 @@ def parse(dataset_path: str, split: str = "train", cache_dir: str = "") -> Addre
         DataError: nothing there, or not in the `GRAMMAR`.
     """
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
-    if split not in _SPLITS:
-        raise DataError(f"the split {split!r} is not known; use one of {', '.join(_SPLITS)}")
+    if split not in SPLITS:
+        raise DataError(f"the split {split!r} is not known; use one of {', '.join(SPLITS)}")
     if not dataset_path:
         raise DataError(f"train.dataset_path is empty; give {GRAMMAR}")
     if dataset_path == DIGITS:
         return Address(DIGITS, split, find=lambda: find_sources(DIGITS), home=cache / DIGITS)
-    name, colon, rest = dataset_path.partition(":")
+    name, colon, _ = dataset_path.partition(":")
     if name == "ImageNet22k" and (colon or not Path(name).exists()):
         raise DataError(
             "ImageNet22k is not read in the reference's layout (memory-mapped tars with hand-made indices); convert "
             "its tar files once with `dinocomp convert FOLDER_OF_TARS DST` and set train.dataset_path=DST"
         )
     if name == "ImageNet" and (colon or not Path(name).exists()):
-        return _reference(dataset_path, rest, cache)
+        return _reference(dataset_path, cache)
     if "://" in dataset_path and not dataset_path.startswith("file://"):
         remote = dataset_path.rstrip("/")
         return Address(dataset_path, split, remote=remote, home=cache / "remote" / _mark(remote))
@@ -166,7 +165,7 @@ def parse(dataset_path: str, split: str = "train", cache_dir: str = "") -> Addre
         raise DataError(f"train.dataset_path: {root} does not exist; give {GRAMMAR}")
     if (root / INDEX).is_file():
         return Address(dataset_path, split, shards={"": root})
-    shards = {name: root / name for name in _SPLITS if (root / name / INDEX).is_file()}
+    shards = {name: root / name for name in SPLITS if (root / name / INDEX).is_file()}
     if shards:
         return Address(dataset_path, split, shards=shards)
     if root.is_dir() and any(root.glob(".*.partial")):
@@ -180,24 +179,9 @@ def parse(dataset_path: str, split: str = "train", cache_dir: str = "") -> Addre
     return Address(dataset_path, split, find=lambda: find_sources(root), home=home)
 
 
-def _reference(text: str, rest: str, cache: Path) -> Address:
+def _reference(text: str, cache: Path) -> Address:
     """`ImageNet:split=TRAIN:root=ROOT:extra=EXTRA`, the reference's grammar."""
-    example = "e.g. ImageNet:split=TRAIN:root=/data/root:extra=/data/extra"
-    values = {}
-    for pair in filter(None, rest.split(":")):
-        key, equals, value = pair.partition("=")
-        if not equals or key not in ("split", "root", "extra"):
-            raise DataError(f"train.dataset_path={text}: {pair!r} is none of split=, root=, extra=; {example}")
-        values[key] = value
-    if not values.get("root"):
-        raise DataError(f"train.dataset_path={text} has no root=; add the folder that holds train/, {example}")
-    split = values.get("split", "TRAIN").lower()
-    if split not in _SPLITS:
-        raise DataError(f"train.dataset_path={text}: split={values['split']} is none of TRAIN, VAL, TEST; {example}")
-    root = Path(values["root"]).expanduser()
-    if not root.is_dir():
-        raise DataError(f"train.dataset_path={text}: root={root} is not a folder; {example}")
-    extra = Path(values["extra"]).expanduser() if values.get("extra") else None
+    split, root, extra = parse_reference(text)
     home = extra / "dinocomp-shards" if extra else cache / "converted" / f"ImageNet-{_mark(str(root.resolve()))}"
     return Address(text, split, find=lambda: find_sources(root, extra), home=home)
 

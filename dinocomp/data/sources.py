@@ -24,19 +24,49 @@ from dinocomp.data.metadata import metadata_sources
 from dinocomp.data.tars import TAR_ENDINGS, tar_sources
 from dinocomp.errors import DataError
 
+SPLITS = ("train", "val", "test")
+
+
+def parse_reference(text: str) -> tuple[str, Path, Path | None]:
+    """(split, root, extra) of `ImageNet:split=TRAIN:root=ROOT:extra=EXTRA`, the reference's way to name a dataset.
+
+    Raises:
+        DataError: an unknown part or split, or no such root.
+    """
+    rest = text.partition(":")[2]
+    example = "e.g. ImageNet:split=TRAIN:root=/data/root:extra=/data/extra"
+    values = {}
+    for pair in filter(None, rest.split(":")):
+        key, equals, value = pair.partition("=")
+        if not equals or key not in ("split", "root", "extra"):
+            raise DataError(f"{text}: {pair!r} is none of split=, root=, extra=; {example}")
+        values[key] = value
+    if not values.get("root"):
+        raise DataError(f"{text} has no root=; add the folder that holds train/, {example}")
+    split = values.get("split", "TRAIN").lower()
+    if split not in SPLITS:
+        raise DataError(f"{text}: split={values['split']} is none of TRAIN, VAL, TEST; {example}")
+    root = Path(values["root"]).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{text}: root={root} is not a folder; {example}")
+    extra = Path(values["extra"]).expanduser() if values.get("extra") else None
+    return split, root, extra
+
 
 def find_sources(src: str | Path, extra: str | Path | None = None) -> dict[str, Source]:
     """Find out what `src` is and list its splits.
 
-    In this order: `digits`; a tar file; the reference's metadata (`extra`, or `SRC/extra`, with `entries-TRAIN.npy`,
-    images in SRC or SRC/root); a folder with `train` (and `val`, `test`) in it; a folder of tar files; a folder of
-    images.
+    In this order: `digits`; the reference's `ImageNet:` string; a tar file; the reference's metadata (`extra`, or
+    `SRC/extra`, with `entries-TRAIN.npy`, images in SRC or SRC/root); a folder with `train` (and `val`, `test`) in it;
+    a folder of tar files; a folder of images.
 
     Raises:
         DataError: nothing there, or no images in it.
     """
     if str(src) == DIGITS:
         return digits_sources()
+    if str(src).startswith("ImageNet:"):
+        _, src, extra = parse_reference(str(src))  # every split that is there, whichever is named
     root = Path(src).expanduser()
     if not root.exists():
         raise DataError(f"{root} does not exist; give a folder of images, a .tar file, or `digits`")

@@ -24,6 +24,11 @@ def tar_sources(tars: list[Path], origin: Path) -> dict[str, Source]:
         found, skipped = [], 0
         for path in paths:
             members, others = list_tar(path)
+            if members and all(key.partition("/")[0] in SPLIT_FOLDERS and "/" in key for key, *_ in members):
+                raise DataError(
+                    f"{path} holds whole splits (train/, val/, ...), which would become its classes; unpack it and "
+                    "give the folder, or make one tar of each (train.tar, val.tar)"
+                )
             prefix = "" if len(paths) == 1 or _all_splits(tars) else tar_stem(path) + "/"
             found += [(prefix + key, str(path), *rest) for key, *rest in members]
             skipped += others

@@ -1,6 +1,7 @@
 """The teacher as one plain file: weights by their published names, and what it takes to use them."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def save_teacher(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata=about)
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
     partial.replace(path)
 
 
@@ -83,8 +87,9 @@ def read_teacher(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load_teacher(path: str | Path) -> VisionTransformer:
     """The backbone of a run's teacher, ready to use.
 
-    It is in eval mode, and carries what `prepare_image` needs: `mean` and `std` (lists, by channel), with which its
-    images are normalised as (pixels / 255 - mean) / std, and `view` (pixels to resize and to crop to).
+    It is in eval mode, wants no gradients, and carries what `prepare_image` needs: `mean` and `std` (lists, by
+    channel), with which its images are normalised as (pixels / 255 - mean) / std, and `view` (pixels to resize and to
+    crop to).
 
     Args:
         path: a ``teacher.safetensors``.
@@ -97,7 +102,7 @@ def load_teacher(path: str | Path) -> VisionTransformer:
     prefix = "backbone."
     backbone.load_state_dict({n.removeprefix(prefix): w for n, w in tensors.items() if n.startswith(prefix)})
     backbone.mean, backbone.std, backbone.view = (json.loads(about[name]) for name in ("mean", "std", "view"))
-    return backbone.eval()
+    return backbone.eval().requires_grad_(False)
 
 
 def prepare_image(path: str | Path, backbone: VisionTransformer) -> Tensor:

@@ -48,11 +48,13 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} holds more than tensors and plain values, which could run code when it is loaded: {error}\n"
-            "Save its state_dict alone (torch.save(model.state_dict(), ...)), or give a .safetensors file."
+            f"{path} is no file of weights, or holds more than tensors and plain values, which could run code when it "
+            "is loaded. Save its state_dict alone (torch.save(model.state_dict(), ...)), or give a .safetensors file."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise WeightsError(f"{path} is no whole file of weights: {error}") from error
+        raise WeightsError(
+            f"{path} is damaged or cut short ({path.stat().st_size} bytes); copy it again ({error})"
+        ) from error
     for key in ("state", "model", "teacher", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

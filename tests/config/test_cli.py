@@ -182,7 +182,7 @@ def test_the_references_flags_are_answered_with_what_to_type() -> None:
             "--output-dir out: type train.output_dir=out",
             "--save_frequency 10: type checkpoint.save_frequency=10",
             "--max_to_keep=5: type checkpoint.max_to_keep=5",
-            "--no-resume: type checkpoint.resume=never",
+            "--no-resume: type train.output_dir=A_NEW_FOLDER",
             "--eval-only: there is nothing to dump",
             "--train.seed=2: type train.seed=2",
             "--frobnicate: there are no flags here",

@@ -95,6 +95,14 @@ def test_one_tar(tmp_path: Path, write_images, ending: str, mode: str) -> None:
     assert source.items[0].size == (tmp_path / "in" / "cat" / "a.png").stat().st_size
 
 
+def test_a_tar_of_whole_splits_is_refused(tmp_path: Path, write_images) -> None:
+    """Else `train` and `val` would become two classes, and the held-out images would be trained on."""
+    write_images(tmp_path / "in", ["train/cat/a.png", "val/cat/b.png"])
+    pack(tmp_path / "all.tar", tmp_path / "in", "w")
+    with pytest.raises(DataError, match="holds whole splits"):
+        find_sources(tmp_path / "all.tar")
+
+
 def test_a_folder_of_tars_is_a_folder_of_classes(tmp_path: Path, write_images) -> None:
     (tmp_path / "tars").mkdir()
     for name in ("n2", "n1"):
@@ -148,6 +156,7 @@ def test_reference_metadata(tmp_path: Path, write_images, inside: bool) -> None:
     assert labels(sources["train"]) == {"n1/n1_12.png": "n1", "n2/n2_7.jpg": "n2", "n1/n1_7.JPEG": "n1"}
     assert labels(sources["val"]) == {"n2/ILSVRC2012_val_00000003.jpg": "n2"}
     assert sources["val"].classes == sources["train"].classes
+    assert find_sources(f"ImageNet:split=TRAIN:root={root}:extra={extra}") == sources
 
 
 def test_metadata_and_files_that_do_not_match(tmp_path: Path, write_images) -> None:

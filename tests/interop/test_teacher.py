@@ -57,6 +57,9 @@ def test_round_trip(saved: tuple[Path, torch.nn.Module]) -> None:
     assert about["iteration"] == "7" and about["config"] == "a: 1"
     assert {name.split(".")[0] for name in tensors} == {"backbone", "dino_head"}
     assert not list(path.parent.glob(".*")), "no partial file stays"
+    (path.parent / "other").touch()
+    assert path.stat().st_mode == (path.parent / "other").stat().st_mode, "readable to whom other files are"
+    assert not loaded(image).cls.requires_grad
 
 
 def test_an_image_is_prepared_as_for_evaluation(saved: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
