@@ -59,7 +59,7 @@ def build_run(config: Config, start: Start) -> Run:
     images = open_images(config.train.dataset_path, split="train", cache_dir=cache)
     log.info("training images: %s (%d)", images.path, len(images))
     for advice in warnings(config, dist.get_world_size(), len(images)):
-        log.warning("warning: %s: %s", advice.what, advice.remedy)
+        log.warning("warning: %s -> %s", advice.what, advice.remedy)
     pair = evaluation_pair(
         config.train.dataset_path,
         config.evaluation.train_dataset_path,
