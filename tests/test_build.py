@@ -8,6 +8,7 @@ from composer.loggers import TensorboardLogger
 
 from dinocomp import build
 from dinocomp.config import load_config
+from dinocomp.data import CropSettings, MaskSettings
 from dinocomp.errors import ConfigError
 from dinocomp.optim import Multipliers
 
@@ -71,3 +72,11 @@ def test_gpu_asked_for_and_none_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"train\.device=cpu"):
         build.on_gpu(config(train__device="gpu"))
     assert not build.on_gpu(config(train__device="auto"))
+
+
+def test_settings_of_the_data_room_have_the_schemas_defaults() -> None:
+    """They are written twice, so that the room can be used by itself; here they are held together."""
+    default = load_config(None).config
+    assert build.crop_settings(default) == CropSettings()
+    masks = build.mask_settings(default)
+    assert masks == MaskSettings(grid=masks.grid) and masks.grid == (14, 14)
