@@ -77,8 +77,10 @@ def train(arguments: Sequence[str]) -> None:
         path = start.output / "config.yaml"
         made_of = f"Made by: composer dinocomp/train.py {' '.join(arguments)}\nThis file alone reproduces the run."
         if start.changed:
-            path.rename(start.output / f"config-until-{finished:08d}.yaml")
-            made_of += f"\nUp to iteration {finished} it was another: config-until-{finished:08d}.yaml"
+            until = start.output / f"config-until-{finished:08d}.yaml"
+            if not until.exists():  # else an earlier try from here has put it there, and got no further
+                path.rename(until)
+            made_of += f"\nUp to iteration {finished} it was another: {until.name}"
         path.write_text(to_yaml(config, header=made_of))
     if finished >= run.iterations:
         log.info("this run is finished: %d of %d iterations", run.iterations, run.iterations)

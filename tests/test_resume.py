@@ -175,6 +175,9 @@ def test_what_changed_is_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFix
     assert "note: train.seed was 0, is 5" in said and "note: optim.epochs was 1, is 2" in said
     assert (output / "config-until-00000004.yaml").read_text() == first
     assert load_config(str(output / "config.yaml")).config.train.seed == 5
+    (output / "checkpoints" / "iteration-00000008.pt").unlink()  # as if killed before it was saved
+    assert main([nothing, *words(output, optim__epochs=2, train__seed=6)]) == 0
+    assert (output / "config-until-00000004.yaml").read_text() == first, "what iterations 1 to 4 were made with"
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

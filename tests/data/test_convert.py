@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -153,17 +155,8 @@ def test_compressed_tars_after_an_interruption(src: Path, tmp_path: Path, monkey
         with tarfile.open(tmp_path / "tars" / f"{name}.tgz", "w:gz") as tar:
             for path in sorted((src / name).iterdir()):
                 tar.add(path, path.name)
-    import dinocomp.data.convert as module
-
-    def stop_at_last(job, advance):
-        if job.number == 14:
-            raise Stopped
-        return write_part(job, advance)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "write_part", stop_at_last)
-        with pytest.raises(Stopped):
-            run(tmp_path / "tars", tmp_path / "dst", part_images=1)
+    with stopping_at(14, monkeypatch):
+        run(tmp_path / "tars", tmp_path / "dst", part_images=1)
     run(tmp_path / "tars", tmp_path / "dst", part_images=1)
     run(src, tmp_path / "files")
     assert by_key(open_images(str(tmp_path / "dst"))) == by_key(open_images(str(tmp_path / "files")))
@@ -217,6 +210,20 @@ class Stopped(BaseException):
     """Stands for anything that ends a process at a given place."""
 
 
+@contextmanager
+def stopping_at(part: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A conversion inside ends where it would write this part."""
+
+    def write_or_stop(job, advance):
+        if job.number == part:
+            raise Stopped
+        return write_part(job, advance)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("dinocomp.data.convert.write_part", write_or_stop)
+        yield
+
+
 @pytest.mark.parametrize("after", [0, 1, 5, 9, 14])
 def test_interrupted_leaves_nothing_finished_and_goes_on(src: Path, tmp_path: Path, monkeypatch, after: int) -> None:
     run(src, tmp_path / "whole")
@@ -244,17 +251,8 @@ def test_interrupted_leaves_nothing_finished_and_goes_on(src: Path, tmp_path: Pa
 
 
 def test_changed_source_starts_anew(src: Path, tmp_path: Path, monkeypatch, png) -> None:
-    import dinocomp.data.convert as module
-
-    def one_part_then_stop(job, advance):
-        if job.number == 1:
-            raise Stopped
-        return write_part(job, advance)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "write_part", one_part_then_stop)
-        with pytest.raises(Stopped):
-            run(src, tmp_path / "dst")
+    with stopping_at(1, monkeypatch):
+        run(src, tmp_path / "dst")
     (src / "cat/new.png").write_bytes(png(99))
     run(src, tmp_path / "dst")
     run(src, tmp_path / "whole")
