@@ -17,6 +17,9 @@ _ONE_PRECISION = "one precision for the whole model, performance.precision"
 @dataclass(frozen=True)
 class Weights:
     WEIGHTS: str = key("", "checkpoint to start from (path; '' = none)")
+    KEEP_ITERATION: bool = key(
+        False, "start at the iteration of the checkpoint in WEIGHTS, as the reference does (false = at 0)"
+    )
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,9 @@ class Optim:
     layerwise_decay: float = key(0.9, "learning rate multiplier from each block to the one below", above=0, maximum=1)
     adamw_beta1: float = key(0.9, "AdamW's first decay rate", minimum=0, below=1)
     adamw_beta2: float = key(0.999, "AdamW's second decay rate", minimum=0, below=1)
+    max_bad_steps: int = key(
+        20, "stop after so many steps in a row whose loss or gradient is not finite (0 = never)", minimum=0
+    )
 
 
 @dataclass(frozen=True)
@@ -248,12 +254,31 @@ class Data:
     cache_dir: str = key("", "folder for converted and downloaded shards ('' = the user's cache folder)")
     prefetch_factor: int = key(2, "batches each data worker prepares ahead", minimum=1)
     timeout_seconds: int = key(600, "fail when a batch takes longer than this (seconds; 0 = wait for ever)", minimum=0)
+    cache_limit: str = key(
+        "", "most disk that fetched remote shards take on a machine (such as 500gb; '' = all of them)"
+    )
+    on_bad_image: str = key(
+        "skip",
+        "when an image cannot be decoded while training: skip = another takes its place, raise = stop",
+        choices=("skip", "raise"),
+    )
+    max_bad_images: int = key(100, "stop when more images than this could not be decoded", minimum=0)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     save_frequency: int = key(3, "save every so many official epochs", minimum=1)
     max_to_keep: int = key(3, "checkpoints kept, the newest ones (0 = all)", minimum=0)
+    keep_every: int = key(0, "also keep for ever those of every so many official epochs (0 = none)", minimum=0)
+    remote: str = key("", "address in an object store that checkpoints are copied to (s3://bucket/run; '' = none)")
+    remote_wait_seconds: int = key(
+        1800, "how long the end of a run waits for its last copies to reach checkpoint.remote (seconds)", minimum=0
+    )
+    on_save_failure: str = key(
+        "raise",
+        "when a checkpoint cannot be written (full disk, quota): raise = stop, warn = go on and try at the next",
+        choices=("raise", "warn"),
+    )
     resume: str = key(
         "auto",
         "go on from output_dir: auto = if there is a checkpoint, must = or fail",
