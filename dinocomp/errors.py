@@ -15,3 +15,7 @@ class DataError(DinocompError):
 
 class WeightsError(DinocompError):
     """A file of weights is missing, unreadable, unsafe, or does not fit the network."""
+
+
+class TrainingError(DinocompError):
+    """Training cannot go on: its numbers, the disk or the object store are at fault, not the command."""

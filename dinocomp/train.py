@@ -1,104 +1,122 @@
 """The entry: ``composer dinocomp/train.py yamls/vits16.yaml [recipes=[a,b]] [key=value ...]``.
 
-Without a checkout: ``composer -m dinocomp.train vits16 ...``. Exit status 0: the run is finished; 2: the command or the
-data are wrong, and the message says what to change (``--debug`` adds the traceback).
+Without a checkout: ``composer -m dinocomp.train vits16 ...``. Exit status:
+
+- 0: the run is finished.
+- 2: the command or the data are wrong; the message says what to change.
+- 3: training could not go on (its numbers, the disk, the object store); the message says what to try.
+- 75: a signal has stopped it (SIGTERM, SIGINT, SIGUSR1), with a checkpoint; the same command goes on.
+- 1: an error that nobody has foreseen, with its traceback. ``--debug`` adds one to the others, too.
 """
 
 import logging
 import os
-import platform
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dinocomp.build import Run
+    from dinocomp.build import Run, Start
+    from dinocomp.config import LoadedConfig
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def main(arguments: Sequence[str]) -> int:
     """Trains as the command line says. Returns the exit status."""
     # Imported here, for `python dinocomp/train.py` must first make way for other packages' names (see the end).
-    from dinocomp.errors import DinocompError
+    from dinocomp.errors import DinocompError, TrainingError
 
     try:
-        train([word for word in arguments if word != "--debug"])
+        return train([word for word in arguments if word != "--debug"])
     except DinocompError as error:
-        logging.getLogger("dinocomp").debug("error: %s", error)  # to train.log, where there is one
         if "--debug" in arguments:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        _stop_log()
-    return 0
+        return 3 if isinstance(error, TrainingError) else 2
 
 
-def train(arguments: Sequence[str]) -> None:
+def train(arguments: Sequence[str]) -> int:
     """Reads the configuration, builds the run, trains it to its end and says what came of it.
+
+    Returns:
+        0 where the run is finished, 75 where a signal has stopped it.
 
     Raises:
         DinocompError: what is wrong and what to type instead.
     """
-    from dinocomp.config import load_config, split_arguments, to_yaml
-    from dinocomp.errors import ConfigError
+    from dinocomp.config import load_config, split_arguments
 
     loaded = load_config(*split_arguments(arguments))  # before the slow imports, so that a slip shows at once
-    config = loaded.config
 
     from composer.utils import dist, get_device
 
     from dinocomp.build import build_run, check_start, on_gpu
+    from dinocomp.output import keep_config, open_output
 
-    gpu = on_gpu(config)
+    gpu = on_gpu(loaded.config)
     if not gpu:
         _share_cores()
     dist.initialize_dist(get_device("gpu" if gpu else "cpu"), timeout=1800)
-    start = check_start(config)
+    start = check_start(loaded.config)
+    first = dist.get_global_rank() == 0
+    with open_output(start.output) if first else nullcontext():
+        _say_start(loaded, start)
+        run = build_run(loaded.config, start)
+        if first and start.iteration < run.iterations:
+            keep_config(
+                start.output,
+                loaded.config,
+                made_of=f"composer dinocomp/train.py {' '.join(arguments)}",
+                changed_at=start.iteration if start.changed else None,
+            )
+        return _train(run)
+
+
+def _say_start(loaded: "LoadedConfig", start: "Start") -> None:
     log = logging.getLogger("dinocomp")
-    try:
-        start.output.mkdir(parents=True, exist_ok=True)
-        if dist.get_global_rank() == 0:
-            _start_log(start.output)
-    except OSError as error:
-        raise ConfigError(f"train.output_dir={start.output} cannot be written to: {error}; give another one") from error
     for notice in loaded.notices:
         log.info("note: %s", notice)
-
-    run = build_run(config, start)
-    finished = int(run.trainer.state.timestamp.batch)
+    for line in start.passed_over:
+        log.warning("warning: %s", line)
     if start.checkpoint:
         log.info("resuming from %s", start.checkpoint)
-        if config.MODEL.WEIGHTS or config.student.pretrained_weights:
+        if loaded.config.MODEL.WEIGHTS or loaded.config.student.pretrained_weights:
             log.info("note: weights to start from are not read again; a new train.output_dir starts from them")
-        for line in start.changed:
-            log.info("note: %s", line)
-    if finished < run.iterations and dist.get_global_rank() == 0:
-        path = start.output / "config.yaml"
-        made_of = f"Made by: composer dinocomp/train.py {' '.join(arguments)}\nThis file alone reproduces the run."
-        if start.changed:
-            until = start.output / f"config-until-{finished:08d}.yaml"
-            if not until.exists():  # else an earlier try from here has put it there, and got no further
-                path.rename(until)
-            made_of += f"\nUp to iteration {finished} it was another: {until.name}"
-        path.write_text(to_yaml(config, header=made_of))
-    if finished >= run.iterations:
-        log.info("this run is finished: %d of %d iterations", run.iterations, run.iterations)
-        run.evaluation.fit_end(run.trainer.state, run.trainer.logger)  # a run may have been killed in between
-    else:
-        log.info(
-            "training: %d iterations of %d images on %d %s; output in %s",
-            run.iterations,
-            config.train.batch_size_per_gpu * dist.get_world_size(),
-            dist.get_world_size(),
-            "GPU(s)" if gpu else "CPU process(es)",
-            start.output,
-        )
-        run.trainer.fit()
+    for line in start.changed:
+        log.info("note: %s", line)
+
+
+def _train(run: "Run") -> int:
+    from composer.utils import dist
+
+    log, start = logging.getLogger("dinocomp"), run.start
+    try:
+        if start.iteration >= run.iterations:
+            log.info("this run is finished: %d of %d iterations", run.iterations, run.iterations)
+            run.evaluation.fit_end(run.trainer.state, run.trainer.logger)  # a run may have been killed in between
+        else:
+            log.info(
+                "training: %d iterations of %d images on %d %s; output in %s",
+                run.iterations,
+                run.images_per_iteration,
+                dist.get_world_size(),
+                "GPU(s)" if start.gpu else "CPU process(es)",
+                start.output,
+            )
+            run.trainer.fit()
+    finally:
+        run.stop.restore()
     run.trainer.close()
-    if dist.get_global_rank() == 0:
-        for line in summary(run):
-            log.info("%s", line)
+    if run.stop.requested:
+        finished = int(run.trainer.state.timestamp.batch)
+        log.info("stopped at iteration %d of %d; the same command goes on", finished, run.iterations)
+        return STOPPED
+    for line in summary(run):
+        log.info("%s", line)
+    return 0
 
 
 def summary(run: "Run") -> list[str]:
@@ -129,45 +147,6 @@ def _share_cores() -> None:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-
-
-class _Terminal(logging.StreamHandler):
-    """Clears the moving progress line before a message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        clear = "\r\x1b[2K" if self.stream.isatty() else ""
-        return clear + super().format(record)
-
-
-def _stop_log() -> None:
-    log = logging.getLogger("dinocomp")
-    for handler in log.handlers[:]:
-        handler.close()
-        log.removeHandler(handler)
-
-
-def _start_log(output: Path) -> None:
-    """Messages to the terminal; those, every progress line and the versions to train.log."""
-    import composer
-    import torch
-
-    from dinocomp import __version__
-
-    to_file = logging.FileHandler(output / "train.log")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    to_terminal = _Terminal(sys.stdout)
-    to_terminal.setLevel(logging.INFO)
-    log = logging.getLogger("dinocomp")
-    log.setLevel(logging.DEBUG)
-    log.handlers[:] = [to_file, to_terminal]
-    log.debug(
-        "dinocomp %s, python %s, torch %s, composer %s, %s",
-        __version__,
-        platform.python_version(),
-        torch.__version__,
-        composer.__version__,
-        platform.platform(),
-    )
 
 
 if __name__ == "__main__":

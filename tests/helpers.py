@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from dinocomp.checkpoints.folder import STATE, name_of
+
 ROOT = Path(__file__).parents[1]
 
 TINY = {
@@ -55,6 +59,12 @@ def yaml_of_nothing(folder: Path) -> str:
 def metrics(output: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def load_checkpoint(output: Path, iteration: int) -> dict:
+    """What Composer saved of a run."""
+    path = output / "checkpoints" / name_of(iteration) / STATE
+    return torch.load(path, map_location="cpu", weights_only=False)
 
 
 def launch(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:

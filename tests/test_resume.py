@@ -1,6 +1,7 @@
 """Stopping, going on, and starting from weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from dinocomp.build import Run, build_run, check_start
 from dinocomp.config import load_config
 from dinocomp.train import main
 
-from .helpers import launch, metrics, words, yaml_of_nothing
+from .helpers import launch, load_checkpoint, metrics, words, yaml_of_nothing
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 
@@ -34,8 +35,7 @@ def weights(output: Path, iteration: int) -> dict[str, torch.Tensor]:
             for key, value in node.items():
                 walk(value, f"{place}/{key}")
 
-    path = output / "checkpoints" / f"iteration-{iteration:08d}.pt"
-    state = torch.load(path, map_location="cpu", weights_only=False)["state"]
+    state = load_checkpoint(output, iteration)["state"]
     walk({"model": state["model"], "optimizers": state["optimizers"]}, "")
     return found
 
@@ -72,8 +72,8 @@ def test_weights_to_start_from(tmp_path: Path) -> None:
     """A checkpoint gives student and teacher, a teacher file the teacher twice, a backbone the backbone."""
     nothing = yaml_of_nothing(tmp_path)
     assert main([nothing, *words(tmp_path / "first", optim__epochs=2)]) == 0
-    checkpoint, teacher = tmp_path / "first/checkpoints/iteration-00000008.pt", tmp_path / "first/teacher.safetensors"
-    saved = torch.load(checkpoint, weights_only=False)["state"]["model"]
+    checkpoint, teacher = tmp_path / "first/checkpoints/iteration-00000008", tmp_path / "first/teacher.safetensors"
+    saved = load_checkpoint(tmp_path / "first", 8)["state"]["model"]
     dist.initialize_dist(get_device("cpu"))
 
     def start(**changes) -> dict[str, torch.Tensor]:
@@ -98,7 +98,7 @@ def test_resume_by_key(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "there is no checkpoint in" in capsys.readouterr().err
     assert main([nothing, *words(tmp_path / "run", optim__epochs=1)]) == 0
     assert main([nothing, *words(tmp_path / "run", checkpoint__resume="never")]) == 2
-    assert "holds 1 checkpoints (the newest: iteration-00000004.pt)" in capsys.readouterr().err
+    assert "there are checkpoints in" in capsys.readouterr().err
 
 
 def test_ranks_resume_together(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_ranks_resume_together(tmp_path: Path) -> None:
     assert launch("quickstart", *words(tmp_path / "whole", **four), processes=2).returncode == 0
     # The schedules must not know that the first part stops early, so it is the last checkpoint that goes.
     assert launch("quickstart", *words(tmp_path / "parts", **four), processes=2).returncode == 0
-    (tmp_path / "parts/checkpoints/iteration-00000008.pt").unlink()
+    shutil.rmtree(tmp_path / "parts/checkpoints/iteration-00000008")
     resumed = launch("quickstart", *words(tmp_path / "parts", **four), processes=2)
     assert resumed.returncode == 0 and "resuming from" in resumed.stdout
     whole, parts = (weights(tmp_path / name, 8) for name in ("whole", "parts"))
@@ -150,7 +150,7 @@ def test_what_is_refused_leaves_everything_as_it_was(tmp_path: Path, capsys: pyt
     refused = {
         "student__depth": (3, "student.depth was 2, is 3"),
         "dino__head_n_prototypes": (40, "dino.head_n_prototypes was 32, is 40"),
-        "checkpoint__resume": ("never", "holds 1 checkpoints"),
+        "checkpoint__resume": ("never", "there are checkpoints in"),
         "performance__precision": ("bf16", "needs a GPU"),
     }
     for key, (value, message) in refused.items():
@@ -175,21 +175,9 @@ def test_what_changed_is_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFix
     assert "note: train.seed was 0, is 5" in said and "note: optim.epochs was 1, is 2" in said
     assert (output / "config-until-00000004.yaml").read_text() == first
     assert load_config(str(output / "config.yaml")).config.train.seed == 5
-    (output / "checkpoints" / "iteration-00000008.pt").unlink()  # as if killed before it was saved
+    shutil.rmtree(output / "checkpoints" / "iteration-00000008")  # as if killed before it was saved
     assert main([nothing, *words(output, optim__epochs=2, train__seed=6)]) == 0
     assert (output / "config-until-00000004.yaml").read_text() == first, "what iterations 1 to 4 were made with"
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    nothing, output = yaml_of_nothing(tmp_path), tmp_path / "run"
-    assert main([nothing, *words(output, optim__epochs=2)]) == 0
-    newest = output / "checkpoints" / "iteration-00000008.pt"
-    newest.write_bytes(newest.read_bytes()[:20_000])
-    assert main([nothing, *words(output, optim__epochs=2)]) == 2
-    assert "iteration-00000008.pt is no whole checkpoint (20000 bytes" in capsys.readouterr().err
-    newest.unlink()
-    assert main([nothing, *words(output, optim__epochs=2)]) == 0
-    assert "iteration-00000004.pt" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -3,11 +3,12 @@
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from composer import Trainer
-from composer.core import DataSpec
+from composer.core import DataSpec, Timestamp
 from composer.devices import DeviceCPU, DeviceGPU
 from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from composer.utils import dist, reproducibility
@@ -25,9 +26,13 @@ from dinocomp.callbacks import (
     Metrics,
     OnlineEvaluation,
     RestoreRandomState,
+    SkipBadSteps,
+    StopOnSignal,
     UpdateTeacher,
 )
 from dinocomp.callbacks.evaluation import LabelledPair
+from dinocomp.checkpoints.folder import STATE, expired
+from dinocomp.checkpoints.plain import only_plain_types
 from dinocomp.config import Config, derive, to_yaml
 from dinocomp.config.advice import warnings
 from dinocomp.data import evaluation_pair, open_images
@@ -49,7 +54,9 @@ class Run:
     model: DINOv2
     clip: ClipGradients
     evaluation: OnlineEvaluation
+    stop: StopOnSignal
     iterations: int
+    images_per_iteration: int
     start: Start
 
 
@@ -81,6 +88,7 @@ def build_training(
     optimizer, multipliers = build_optimizer(config, model)
     schedules = build_schedules(config, dist.get_world_size())
     resize, crop = derive.evaluation_crop(config)
+    global_batch = derive.images_per_iteration(config, dist.get_world_size())
 
     def export_teacher(path: Path, iteration: int) -> None:
         save_teacher(
@@ -95,7 +103,9 @@ def build_training(
         )
 
     random_state = RestoreRandomState()
+    stop = StopOnSignal()
     clip = ClipGradients(model, config.optim.clip_grad)
+    bad_steps = SkipBadSteps(model, clip, config.optim.max_bad_steps)
     evaluation = OnlineEvaluation(
         model,
         pair,
@@ -111,44 +121,70 @@ def build_training(
         timeout_seconds=config.data.timeout_seconds,
         autocast=_AUTOCAST[start.precision],
         export_teacher=export_teacher,
+        stop=stop,
     )
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataSpec(
-            loader,
-            get_num_samples_in_batch=lambda batch: len(batch["index"]),
-            get_num_tokens_in_batch=lambda batch: 0,
-        ),
-        optimizers=optimizer,
-        max_duration=f"{iterations}ba",
-        device=DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU(),
-        device_train_microbatch_size=config.train.batch_size_per_gpu,
-        precision=_COMPOSER_PRECISION[start.precision],
-        callbacks=[  # within an event they run in this order
-            random_state,
-            ApplySchedules(model, schedules, multipliers),
-            FirstBatchPicture(output / "pictures" / "first_batch.png"),
+    callbacks = [  # within an event they run in this order
+        random_state,
+        ApplySchedules(model, schedules, multipliers),
+        FirstBatchPicture(output / "pictures" / "first_batch.png"),
+        clip,
+        bad_steps,
+        UpdateTeacher(model, bad_steps),
+        stop,
+        Metrics(
+            model,
             clip,
-            UpdateTeacher(model),
-            Metrics(model, clip, schedules, folder=output, period=config.loggers.period_iterations, total=iterations),
-            evaluation,
-            Checkpoints(
-                output / "checkpoints",
-                interval=derive.checkpoint_interval(config),
-                max_to_keep=config.checkpoint.max_to_keep,
-                total=iterations,
-                export_teacher=lambda iteration: export_teacher(output / "teacher.safetensors", iteration),
+            bad_steps,
+            schedules,
+            prototypes=derive.prototypes(config),
+            folder=output,
+            period=config.loggers.period_iterations,
+            total=iterations,
+        ),
+        evaluation,
+        Checkpoints(
+            output / "checkpoints",
+            interval=derive.checkpoint_interval(config),
+            total=iterations,
+            expired=partial(
+                expired, max_to_keep=config.checkpoint.max_to_keep, milestone=derive.milestone_interval(config)
             ),
-        ],
-        loggers=build_loggers(config, output),
-        progress_bar=False,
-        log_to_console=False,
-        load_path=str(start.checkpoint) if start.checkpoint else None,
-        run_name=output.resolve().name,
-        seed=config.train.seed,
-    )
+            export_teacher=export_teacher,
+            latest_teacher=output / "teacher.safetensors",
+            stop=stop,
+            on_failure=config.checkpoint.on_save_failure,
+        ),
+    ]
+    with only_plain_types():
+        trainer = Trainer(
+            model=model,
+            train_dataloader=DataSpec(
+                loader,
+                get_num_samples_in_batch=lambda batch: len(batch["index"]),
+                get_num_tokens_in_batch=lambda batch: 0,
+            ),
+            optimizers=optimizer,
+            max_duration=f"{iterations}ba",
+            device=DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU(),
+            device_train_microbatch_size=config.train.batch_size_per_gpu,
+            precision=_COMPOSER_PRECISION[start.precision],
+            callbacks=callbacks,
+            loggers=build_loggers(config, output),
+            progress_bar=False,
+            log_to_console=False,
+            load_path=str(start.checkpoint / STATE) if start.checkpoint else None,
+            spin_dataloaders=False,  # the loader itself goes on where the run stands
+            run_name=output.resolve().name,
+            seed=config.train.seed,
+        )
     random_state.attach(trainer)
-    return Run(trainer, model, clip, evaluation, iterations, start)
+    if start.iteration and not start.checkpoint:
+        images = start.iteration * global_batch
+        loader.dataset.load_state_dict({"position": images, "iteration": start.iteration})
+        trainer.state.timestamp = Timestamp(
+            batch=start.iteration, batch_in_epoch=start.iteration, sample=images, sample_in_epoch=images
+        )
+    return Run(trainer, model, clip, evaluation, stop, iterations, global_batch, start)
 
 
 def build_loggers(config: Config, output: Path) -> list[LoggerDestination]:

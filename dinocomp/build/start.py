@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 
 from dinocomp.build.model import backbone_arguments
+from dinocomp.checkpoints.find import find_checkpoint
+from dinocomp.checkpoints.folder import iteration_of
 from dinocomp.config import Config, derive, load_config
-from dinocomp.config.keys import walk
+from dinocomp.config.changes import differences
 from dinocomp.errors import ConfigError
-from dinocomp.interop import check_file
-from dinocomp.resume import find_checkpoint
+from dinocomp.interop import check_file, read_iteration
+from dinocomp.output import CONFIG
 
 
 @dataclass(frozen=True)
@@ -20,15 +22,19 @@ class Start:
     Attributes:
         gpu: whether to train on GPUs.
         precision: `fp32`, `bf16` or `fp16`.
-        checkpoint: the checkpoint to go on from, None for a fresh start.
-        changed: for a run that goes on, "KEY was A, is B" for every key that is not what it was.
+        checkpoint: the folder of the checkpoint to go on from, None for a fresh start.
+        iteration: finished iterations there, or those that `MODEL.KEEP_ITERATION` takes over from other weights.
+        changed: for a run that goes on, a line for every key that is not what it was.
+        passed_over: a line for each newer checkpoint that is damaged.
     """
 
     gpu: bool
     precision: str
     output: Path
     checkpoint: Path | None
+    iteration: int = 0
     changed: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
 
 def on_gpu(config: Config) -> bool:
@@ -54,28 +60,32 @@ def check_start(config: Config) -> Start:
     """
     gpu, output = on_gpu(config), Path(config.train.output_dir).expanduser()
     precision = derive.precision(config, gpu)
-    checkpoint = find_checkpoint(output / "checkpoints", config.checkpoint.resume)
+    found = find_checkpoint(output / "checkpoints", config.checkpoint.resume)
+    checkpoint = found.checkpoint
+    iteration = iteration_of(checkpoint) if checkpoint else 0
     changed: list[str] = []
     if checkpoint is None:
         for path in filter(None, (config.MODEL.WEIGHTS, config.student.pretrained_weights)):
             check_file(path)
-    elif (output / "config.yaml").is_file():
-        earlier = load_config(str(output / "config.yaml")).config
+        if config.MODEL.WEIGHTS and config.MODEL.KEEP_ITERATION:
+            iteration = _iteration_to_keep(config)
+    elif (output / CONFIG).is_file():
+        earlier = load_config(str(output / CONFIG)).config
         changed = differences(earlier, config)
         if any(describe(earlier) != describe(config) for describe in (backbone_arguments, derive.head_sizes)):
             networks = [line for line in changed if line.startswith(("student.", "dino.", "ibot.", "crops."))]
             raise ConfigError(
                 f"{checkpoint} holds other networks: {'; '.join(networks)}. "
-                f"Give another train.output_dir, or the settings of {output / 'config.yaml'}."
+                f"Give another train.output_dir, or the settings of {output / CONFIG}."
             )
-    return Start(gpu, precision, output, checkpoint, tuple(changed))
+    return Start(gpu, precision, output, checkpoint, iteration, tuple(changed), found.passed_over)
 
 
-def differences(earlier: Config, now: Config) -> list[str]:
-    """ "KEY was A, is B" for every key whose value differs, but for the output folder."""
-    before = {spec.name: spec.default for spec in walk(earlier)}
-    return [
-        f"{spec.name} was {before[spec.name]}, is {spec.default}"
-        for spec in walk(now)
-        if before[spec.name] != spec.default and spec.name != "train.output_dir"
-    ]
+def _iteration_to_keep(config: Config) -> int:
+    iteration, total = read_iteration(config.MODEL.WEIGHTS), derive.total_iterations(config)
+    if iteration >= total:
+        raise ConfigError(
+            f"MODEL.KEEP_ITERATION=true: {config.MODEL.WEIGHTS} is of iteration {iteration}, and the run has {total}. "
+            "Raise optim.epochs, or type MODEL.KEEP_ITERATION=false to start at 0."
+        )
+    return iteration

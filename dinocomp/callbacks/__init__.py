@@ -1,5 +1,6 @@
 """What happens around a training step, one event a file."""
 
+from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.callbacks.checkpoints import Checkpoints
 from dinocomp.callbacks.clip import ClipGradients
 from dinocomp.callbacks.evaluation import OnlineEvaluation
@@ -7,6 +8,7 @@ from dinocomp.callbacks.metrics import Metrics
 from dinocomp.callbacks.pictures import FirstBatchPicture
 from dinocomp.callbacks.random_state import RestoreRandomState
 from dinocomp.callbacks.schedules import ApplySchedules
+from dinocomp.callbacks.stop import StopOnSignal
 from dinocomp.callbacks.teacher import UpdateTeacher
 
 __all__ = [
@@ -17,5 +19,7 @@ __all__ = [
     "Metrics",
     "OnlineEvaluation",
     "RestoreRandomState",
+    "SkipBadSteps",
+    "StopOnSignal",
     "UpdateTeacher",
 ]

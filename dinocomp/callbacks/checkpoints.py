@@ -1,69 +1,161 @@
-"""Every few official epochs: a checkpoint, the teacher beside it, and the old ones pruned."""
+"""Every few official epochs, at the end, and when a signal asks for it: a checkpoint with the teacher beside it."""
 
 import logging
-import re
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from composer import Callback, Logger, State
 from composer.utils import dist, save_checkpoint
+from safetensors import SafetensorError
+
+from dinocomp.callbacks.stop import StopOnSignal
+from dinocomp.checkpoints.folder import (
+    STATE,
+    TEACHER,
+    begin,
+    discard,
+    iteration_of,
+    list_checkpoints,
+    publish,
+    set_aside,
+    sweep,
+)
+from dinocomp.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"iteration-(\d+)\.pt")
 
+class Copies(Protocol):
+    """What takes checkpoints elsewhere while training goes on."""
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
-    found = [path for path in folder.glob("iteration-*.pt") if NAME.fullmatch(path.name)]
-    return sorted(found, key=iteration_of)
+    def add(self, checkpoint: Path) -> None:
+        """A new checkpoint is there."""
 
+    def add_missing(self, checkpoints: Sequence[Path]) -> None:
+        """These are there; an earlier process may have copied some of them."""
 
-def iteration_of(path: Path) -> int:
-    """Finished iterations of the checkpoint called `path`."""
-    return int(NAME.fullmatch(path.name)[1])
+    def withdraw(self, checkpoint: Path) -> bool:
+        """One is no longer wanted; whether it may be deleted now."""
 
 
 class Checkpoints(Callback):
-    """Saves Composer's checkpoints under a name that appears only once the file is whole.
+    """Saves Composer's checkpoints as folders that appear only once they are whole.
 
     Composer's own saver writes under the final name, so that a killed run leaves half a file that looks finished, and
-    it prunes only what its own process wrote. Here the files in the folder count, whoever wrote them.
+    it prunes only what its own process wrote. Here the folders on the disk count, whoever wrote them.
 
     Args:
         folder: where checkpoints go.
         interval: iterations between them; the last iteration has one, too.
-        max_to_keep: newest checkpoints that stay; 0 keeps all.
         total: iterations of the run.
-        export_teacher: called with the iteration on rank 0 after each checkpoint.
+        expired: from the iterations of all checkpoints to those that may be deleted; never the newest.
+        export_teacher: writes the teacher, of an iteration, to a path.
+        latest_teacher: where the newest checkpoint's teacher is also found.
+        stop: asks for a checkpoint at any iteration.
+        copies: to an object store, or None.
+        on_failure: `raise` to stop where a checkpoint cannot be written, `warn` to go on without it. The last
+            checkpoint of a process is always insisted on.
     """
 
     def __init__(
-        self, folder: Path, *, interval: int, max_to_keep: int, total: int, export_teacher: Callable[[int], None]
+        self,
+        folder: Path,
+        *,
+        interval: int,
+        total: int,
+        expired: Callable[[Sequence[int]], list[int]],
+        export_teacher: Callable[[Path, int], None],
+        latest_teacher: Path,
+        stop: StopOnSignal,
+        copies: Copies | None = None,
+        on_failure: str = "raise",
     ) -> None:
         self.folder = folder
         self.interval = interval
-        self.max_to_keep = max_to_keep
         self.total = total
+        self.expired = expired
         self.export_teacher = export_teacher
+        self.latest_teacher = latest_teacher
+        self.stop = stop
+        self.copies = copies
+        self.on_failure = on_failure
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        finished = int(state.timestamp.batch)
+        if dist.get_global_rank() == 0:
+            sweep(self.folder)
+            for path in list_checkpoints(self.folder):
+                if iteration_of(path) > finished:  # damaged: resuming has passed it over
+                    log.warning("warning: the damaged checkpoint %s is now %s", path, set_aside(path).name)
+            if self.copies:
+                self.copies.add_missing(list_checkpoints(self.folder))
+        dist.barrier()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         finished = int(state.timestamp.batch)
-        if finished % self.interval and finished != self.total:
+        is_last = finished == self.total or self.stop.requested
+        if finished % self.interval and not is_last:
             return
-        path = self.folder / f"iteration-{finished:08d}.pt"
-        partial = self.folder / f".partial-{path.name}"  # Composer goes by the suffix
-        save_checkpoint(state, str(partial))
-        if dist.get_global_rank() == 0:
-            partial.replace(path)
-            log.info("checkpoint: %s", path)
-            self.export_teacher(finished)
-            self._prune()
-        dist.barrier()
+        failure = self._save(state, finished)
+        if not failure:
+            return
+        kept = list_checkpoints(self.folder)
+        message = (
+            f"the checkpoint of iteration {finished} could not be written to {self.folder}: {failure}. "
+            f"{f'The one before it is whole: {kept[-1].name}' if kept else 'There is no earlier one'}. "
+            "Free some space (disk or quota), or lower checkpoint.max_to_keep"
+        )
+        if is_last or self.on_failure == "raise":
+            raise TrainingError(f"{message}; then give the same command again.")
+        log.warning(
+            "warning: %s; training goes on, and the next is due at iteration %d", message, finished + self.interval
+        )
 
-    def _prune(self) -> None:
-        if self.max_to_keep:
-            for path in list_checkpoints(self.folder)[: -self.max_to_keep]:
-                path.unlink(missing_ok=True)
-        for leftover in self.folder.glob(".partial-iteration-*.pt"):
-            leftover.unlink(missing_ok=True)
+    def _save(self, state: State, finished: int) -> str:
+        """Writes a checkpoint; gives, on all ranks, why that failed, or ""."""
+        partial = self.folder / "unused"  # only rank 0 writes
+        failure = ""
+        try:
+            if dist.get_global_rank() == 0:
+                partial = begin(self.folder, finished)
+            save_checkpoint(state, str(partial / STATE))
+        except (OSError, RuntimeError) as error:
+            failure = f"{type(error).__name__}: {error}"
+            dist.barrier()  # the other ranks wait in the one at the end of save_checkpoint
+        if dist.get_global_rank() == 0:
+            if not failure:
+                try:
+                    self._publish(partial, finished)
+                except (OSError, RuntimeError, SafetensorError) as error:
+                    failure = f"{type(error).__name__}: {error}"
+            if failure:
+                shutil.rmtree(partial, ignore_errors=True)
+        shared = [failure]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def _publish(self, partial: Path, finished: int) -> None:
+        self.export_teacher(partial / TEACHER, finished)
+        path = publish(partial)
+        log.info("checkpoint: %s", path)
+        _link(path / TEACHER, self.latest_teacher)
+        if self.copies:
+            self.copies.add(path)
+        there = {iteration_of(old): old for old in list_checkpoints(self.folder)}
+        for iteration in self.expired(list(there)):
+            if not self.copies or self.copies.withdraw(there[iteration]):
+                discard(there[iteration])
+
+
+def _link(file: Path, name: Path) -> None:
+    """Makes `name` the same as `file` without room of its own, where the file system can."""
+    partial = name.with_name(f".{name.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(file, partial)
+    except OSError:
+        shutil.copyfile(file, partial)
+    partial.replace(name)

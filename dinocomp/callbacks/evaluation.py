@@ -10,6 +10,7 @@ import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
 
+from dinocomp.callbacks.stop import StopOnSignal
 from dinocomp.data import Images
 from dinocomp.evaluate import extract_features, gather_features, knn_accuracy
 from dinocomp.method import DINOv2
@@ -36,6 +37,7 @@ class OnlineEvaluation(Callback):
         resize, crop: of the evaluation view, in pixels.
         ks, temperature: see `knn_accuracy`.
         export_teacher: writes the teacher, of an iteration, to a path.
+        stop: once it asks for the end, nothing is evaluated any more; the run that goes on makes up for it.
 
     Attributes:
         accuracy: iteration -> {k: top-1 accuracy}, of this process and, from the file, of those before it.
@@ -58,6 +60,7 @@ class OnlineEvaluation(Callback):
         timeout_seconds: float,
         autocast: torch.dtype | None,
         export_teacher: Callable[[Path, int], None],
+        stop: StopOnSignal,
     ) -> None:
         self.model = model
         self.pair = pair
@@ -74,6 +77,7 @@ class OnlineEvaluation(Callback):
             "autocast": autocast,
         }
         self.export_teacher = export_teacher
+        self.stop = stop
         self.accuracy = _read(self.path)
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -81,21 +85,32 @@ class OnlineEvaluation(Callback):
         self.accuracy = {i: a for i, a in self.accuracy.items() if i <= finished}
         if self.at_start and finished == 0:
             self._evaluate(0, logger)
+        copied = [self._copy_of(finished).exists()]
+        dist.broadcast_object_list(copied, src=0)
+        if self._is_due(finished) and not (copied[0] and (self.pair is None or finished in self.accuracy)):
+            self._keep_and_evaluate(finished, logger)  # the process before this one did not come to it
 
     def batch_end(self, state: State, logger: Logger) -> None:
         finished = int(state.timestamp.batch)
-        if self.period and finished % self.period == 0:
-            if dist.get_global_rank() == 0:
-                self.export_teacher(
-                    self.folder / "evaluation" / f"iteration-{finished:08d}" / "teacher.safetensors", finished
-                )
-            self._evaluate(finished, logger)
+        if self._is_due(finished) and not self.stop.requested:
+            self._keep_and_evaluate(finished, logger)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Also for a run whose training had ended when it was killed before this."""
         finished = int(state.timestamp.batch)
-        if finished not in self.accuracy:
+        if finished not in self.accuracy and not self.stop.requested:
             self._evaluate(finished, logger)
+
+    def _is_due(self, finished: int) -> bool:
+        return bool(self.period) and finished > 0 and finished % self.period == 0
+
+    def _copy_of(self, iteration: int) -> Path:
+        return self.folder / "evaluation" / f"iteration-{iteration:08d}" / "teacher.safetensors"
+
+    def _keep_and_evaluate(self, iteration: int, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            self.export_teacher(self._copy_of(iteration), iteration)
+        self._evaluate(iteration, logger)
 
     def _evaluate(self, iteration: int, logger: Logger) -> None:
         if self.pair is None:

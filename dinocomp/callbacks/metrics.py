@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
 
+from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.callbacks.clip import ClipGradients
 from dinocomp.method import DINOv2
+from dinocomp.method.gauges import signs_of_collapse
 from dinocomp.schedules import Schedules
 
 log = logging.getLogger(__name__)
@@ -27,21 +30,33 @@ class Metrics(Callback):
 
     They go to `folder`/metrics.jsonl (one JSON object a line), to the progress line on standard output, to the log, and
     to Composer's loggers. `loss/total` and the terms (`loss/...`) are what is optimised, of that iteration's batch and
-    the mean over ranks. Speeds are those since the last line. Memory is the peak of this process, on its GPU if it has
-    one.
+    the mean over ranks. `teacher/...` are the gauges that show collapse; where they show it in several lines on end, a
+    warning says so. Speeds are those since the last line. Memory is the peak of this process, on its GPU if it has one.
 
     Args:
-        model, clip, schedules: where the numbers come from.
+        model, clip, bad_steps, schedules: where the numbers come from.
+        prototypes: of each loss's head, by loss ("dino", "ibot").
         period: iterations between lines; the first and the last iteration have one, too.
         total: iterations of the run.
     """
 
     def __init__(
-        self, model: DINOv2, clip: ClipGradients, schedules: Schedules, *, folder: Path, period: int, total: int
+        self,
+        model: DINOv2,
+        clip: ClipGradients,
+        bad_steps: SkipBadSteps,
+        schedules: Schedules,
+        *,
+        prototypes: Mapping[str, int],
+        folder: Path,
+        period: int,
+        total: int,
     ) -> None:
         self.model = model
         self.clip = clip
+        self.bad_steps = bad_steps
         self.schedules = schedules
+        self.prototypes = prototypes
         self.path = folder / "metrics.jsonl"
         self.period = period
         self.total = total
@@ -49,6 +64,8 @@ class Metrics(Callback):
         self.window_images = self.window_steps = 0
         self.window_open = False
         self.step_seconds: deque[float] = deque(maxlen=50)
+        self.collapsed_lines = 0  # on end
+        self.can_write = True
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self.window_open = False
@@ -63,20 +80,50 @@ class Metrics(Callback):
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self.waited += time.perf_counter() - self.wait_start
 
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.model.measuring = self._is_due(int(state.timestamp.batch) + 1)
+
     def batch_end(self, state: State, logger: Logger) -> None:
         finished = int(state.timestamp.batch)
         self.window_steps += 1
-        if finished % self.period and finished not in (1, self.total):
+        if not self._is_due(finished):
             return
         record = self._record(state, finished)
         logger.log_metrics({name: value for name, value in record.items() if name != "iteration"})
         if dist.get_global_rank() == 0:
-            # JSON has no NaN and no infinity.
-            line = {name: value if math.isfinite(value) else None for name, value in record.items()}
+            self._write(record)
+            self._show(record, finished)
+            self._warn_of_collapse(record, finished)
+        self.window_open = False
+
+    def _is_due(self, finished: int) -> bool:
+        return finished % self.period == 0 or finished in (1, self.total)
+
+    def _write(self, record: dict[str, float]) -> None:
+        # JSON has no NaN and no infinity.
+        line = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        try:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            self._show(record, finished)
-        self.window_open = False
+            self.can_write = True
+        except OSError as error:  # a line is not worth the run; whether checkpoints can be written is seen there
+            if self.can_write:
+                log.warning("warning: %s cannot be written to (%s); its lines are lost until it can", self.path, error)
+            self.can_write = False
+
+    def _warn_of_collapse(self, record: dict[str, float], finished: int) -> None:
+        gauges = {name.removeprefix("teacher/"): value for name, value in record.items() if name.startswith("teacher/")}
+        signs = signs_of_collapse(gauges, self.prototypes)
+        self.collapsed_lines = self.collapsed_lines + 1 if signs else 0
+        # Then again ever more rarely: at 5, 50, 500 lines.
+        if self.collapsed_lines in (5 * 10**n for n in range(9)):
+            log.warning(
+                "warning: iteration %d: this looks like collapse: %s -> check that teacher.teacher_temp lies below "
+                "dino.student_temp, lower optim.base_lr, lengthen optim.warmup_epochs, give larger batches, or type "
+                "recipes=[sinkhorn]; go on from a checkpoint before it began (see teacher/ in metrics.jsonl)",
+                finished,
+                "; ".join(signs),
+            )
 
     def _open_window(self, state: State) -> None:
         self.window_open = True
@@ -86,6 +133,7 @@ class Metrics(Callback):
     def _record(self, state: State, finished: int) -> dict[str, float]:
         on_device = {f"loss/{name}": term for name, term in self.model.terms.items()}
         on_device |= {f"grad_norm/{name}": norm for name, norm in self.clip.norms.items()}
+        on_device |= {f"teacher/{name}": value for name, value in self.model.gauges.items()}
         values = torch.stack([value.float().reshape(()) for value in on_device.values()])
         dist.all_reduce(values)
         # The one place that waits for the device.
@@ -102,6 +150,7 @@ class Metrics(Callback):
             "weight_decay": used.weight_decay,
             "momentum": used.momentum,
             "teacher_temp": used.teacher_temp,
+            "bad_steps": self.bad_steps.count,
             "images_per_second": (int(state.timestamp.sample) - self.window_images) / seconds,
             "seconds_per_iteration": seconds / self.window_steps,
             "data_wait": self.waited / seconds,

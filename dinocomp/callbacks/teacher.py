@@ -2,14 +2,22 @@
 
 from composer import Callback, Logger, State
 
+from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.method import DINOv2
 
 
 class UpdateTeacher(Callback):
-    """Updates the teacher and the centres once an optimizer step, before evaluation and checkpoints see them."""
+    """Updates the teacher and the centres once an optimizer step, before evaluation and checkpoints see them.
 
-    def __init__(self, model: DINOv2) -> None:
+    After a step that was not taken they stay as they are, and what its batch would have told the centres is forgotten.
+    """
+
+    def __init__(self, model: DINOv2, bad_steps: SkipBadSteps) -> None:
         self.model = model
+        self.bad_steps = bad_steps
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self.model.update_teacher()
+        if self.bad_steps.bad:
+            self.model.forget_batch()
+        else:
+            self.model.update_teacher()

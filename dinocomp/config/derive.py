@@ -68,6 +68,11 @@ def checkpoint_interval(config: Config) -> int:
     return config.checkpoint.save_frequency * config.train.OFFICIAL_EPOCH_LENGTH
 
 
+def milestone_interval(config: Config) -> int:
+    """Iterations between checkpoints that are kept for ever; 0 for none."""
+    return config.checkpoint.keep_every * config.train.OFFICIAL_EPOCH_LENGTH
+
+
 def evaluation_crop(config: Config) -> tuple[int, int]:
     """Pixels (shorter side after resizing, centre crop) for evaluation: 256 and 224 at the default crop size."""
     size = config.crops.global_crops_size
@@ -115,6 +120,17 @@ def head_sizes(config: Config) -> dict[str, HeadSize]:
             ibot.head_n_prototypes, ibot.head_bottleneck_dim, ibot.head_nlayers, ibot.head_hidden_dim
         )
     return heads
+
+
+def prototypes(config: Config) -> dict[str, int]:
+    """Prototypes of each loss that compares distributions and is on: "dino", "ibot"."""
+    heads = head_sizes(config)
+    found = {}
+    if config.dino.loss_weight > 0:
+        found["dino"] = heads["dino_head"].prototypes
+    if config.ibot.loss_weight > 0:
+        found["ibot"] = heads.get("ibot_head", heads.get("dino_head")).prototypes
+    return found
 
 
 def precision(config: Config, on_gpu: bool) -> str:

@@ -2,33 +2,23 @@
 
 import logging
 import math
-import pickle
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dinocomp.checkpoints.folder import STATE
+from dinocomp.checkpoints.plain import load_plain
 from dinocomp.errors import WeightsError
 from dinocomp.interop.names import published_name
+from dinocomp.interop.teacher import read_teacher
 from dinocomp.models import VisionTransformer
 from dinocomp.models.embeddings import interpolate_pos_embed
 
 log = logging.getLogger(__name__)
-
-# What Composer's checkpoints hold beside tensors: times, versions and the states of numpy's generator. All are plain.
-_PLAIN = [
-    timedelta,
-    torch.torch_version.TorchVersion,
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.uint32)),
-    np.empty(0).__reduce__()[0],  # how numpy rebuilds an array; its module differs between numpy 1 and 2
-]
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -41,20 +31,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         WeightsError: the file is missing, damaged, holds objects other than tensors, or no tensors.
     """
     path = check_file(path)
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return load_file(path)
-        with torch.serialization.safe_globals(_PLAIN):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} is no file of weights, or holds more than tensors and plain values, which could run code when it "
-            "is loaded. Save its state_dict alone (torch.save(model.state_dict(), ...)), or give a .safetensors file."
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise WeightsError(
-            f"{path} is damaged or cut short ({path.stat().st_size} bytes); copy it again ({error})"
-        ) from error
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{path} is damaged or cut short ({path.stat().st_size} bytes); copy it again ({error})"
+            ) from error
+    content = load_plain(path)
     for key in ("state", "model", "teacher", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -64,13 +48,36 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_iteration(path: str | Path) -> int:
+    """Finished iterations of the run that a file of weights comes from.
+
+    Raises:
+        WeightsError: as `read_tensors`, or the file does not say.
+    """
+    path = check_file(path)
+    if path.suffix == ".safetensors":
+        iteration = read_teacher(path)[1].get("iteration")
+    else:
+        content = load_plain(path, mmap=True)
+        iteration = None
+        if isinstance(content, Mapping) and "iteration" in content:
+            iteration = int(content["iteration"]) + 1  # the reference counts from 0, and names the last one
+        elif isinstance(content, Mapping) and "state" in content:
+            iteration = content["state"]["timestamp"]["Timestamp"]["batch"]
+    if iteration is None:
+        raise WeightsError(f"{path} does not say of which iteration it is; type MODEL.KEEP_ITERATION=false")
+    return int(iteration)
+
+
 def check_file(path: str | Path) -> Path:
-    """`path` with ~ expanded.
+    """`path` with ~ expanded; of a checkpoint's folder, the file in it that holds the weights.
 
     Raises:
         WeightsError: there is no file.
     """
     path = Path(path).expanduser()
+    if (path / STATE).is_file():
+        return path / STATE
     if not path.is_file():
         raise WeightsError(f"no file of weights at {path}")
     return path

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from dinocomp.data import Batch
 from dinocomp.method.ema import ema_update
+from dinocomp.method.gauges import feature_std, target_gauges
 from dinocomp.method.losses import Centering, SinkhornKnopp, dino_loss, ibot_loss, koleo_loss
 from dinocomp.models import DINOHead, Tokens, VisionTransformer
+
+_MEASURED_ROWS = 1024  # of the targets of a batch; their entropies take as much memory again
 
 
 @dataclass
@@ -115,6 +118,9 @@ class DINOv2(ComposerModel):
     Attributes:
         teacher_temp, momentum: of the present iteration; a callback sets them, until then they are None.
         terms: the weighted loss terms of the last batch on this rank, detached; their sum is the total.
+        measuring: whether a forward pass also takes the gauges.
+        gauges: of the teacher, of the last batch that was measured, over all ranks: `feature_std`, and `entropy_H`,
+            `prototypes_H` and `center_norm_H` of each loss H ("dino", "ibot") that is on; see `method/gauges.py`.
     """
 
     def __init__(
@@ -137,6 +143,8 @@ class DINOv2(ComposerModel):
         self.teacher_temp: float | None = None
         self.momentum: float | None = None
         self.terms: dict[str, Tensor] = {}
+        self.measuring = False
+        self.gauges: dict[str, Tensor] = {}
 
         self.normalize = Normalize(mean, std)
         self.dino_targets = dino_targets
@@ -193,7 +201,27 @@ class DINOv2(ComposerModel):
             dino_targets = self.dino_targets(cls_logits, self.teacher_temp).unflatten(0, (2, -1))
         if patch_logits is not None:
             ibot_targets = self.ibot_targets(patch_logits, self.teacher_temp, masked.valid)
+        if self.measuring:
+            self._measure(tokens, dino_targets, ibot_targets, masked)
         return dino_targets, ibot_targets
+
+    def _measure(
+        self, tokens: Tokens, dino_targets: Tensor | None, ibot_targets: Tensor | None, masked: MaskedRows | None
+    ) -> None:
+        self.gauges = {"feature_std": feature_std(tokens.cls)}
+        if dino_targets is not None:
+            self._measure_targets("dino", self.dino_targets, dino_targets.flatten(0, 1))
+        if ibot_targets is not None:
+            self._measure_targets("ibot", self.ibot_targets, ibot_targets, masked.valid)
+
+    def _measure_targets(
+        self, loss: str, maker: Centering | SinkhornKnopp, targets: Tensor, valid: Tensor | None = None
+    ) -> None:
+        rows = slice(0, _MEASURED_ROWS)
+        found = target_gauges(targets[rows], None if valid is None else valid[rows])
+        if isinstance(maker, Centering):
+            found["center_norm"] = maker.center.norm()
+        self.gauges |= {f"{name}_{loss}": value for name, value in found.items()}
 
     def _project(
         self, role: str, cls_rows: Tensor | None, tokens: Tokens, masked: MaskedRows | None
@@ -232,6 +260,11 @@ class DINOv2(ComposerModel):
         ema_update(self._parameters_of("teacher"), self._parameters_of("student"), self.momentum)
         self.dino_targets.step()
         self.ibot_targets.step()
+
+    def forget_batch(self) -> None:
+        """Instead of `update_teacher`, where the optimizer's step was skipped: the centres do not see the batch."""
+        self.dino_targets.forget()
+        self.ibot_targets.forget()
 
     def _parameters_of(self, role: str) -> Iterator[nn.Parameter]:
         for net in self.networks(role).values():

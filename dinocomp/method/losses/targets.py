@@ -55,6 +55,10 @@ class Centering(nn.Module):
         mean = total[:-1] / total[-1].clamp_min(1)  # [K]
         weight = (1 - self.momentum) * (total[-1] > 0)
         self.center.lerp_(mean[None], weight)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what `forward` saw since the last step."""
         self._sum = self._count = None
 
 
@@ -99,6 +103,9 @@ class SinkhornKnopp(nn.Module):
 
     def step(self) -> None:
         """Sinkhorn-Knopp keeps nothing from batch to batch."""
+
+    def forget(self) -> None:
+        """As `step`."""
 
 
 def build_targets(name: str, num_prototypes: int, *, momentum: float, iterations: int) -> Centering | SinkhornKnopp:

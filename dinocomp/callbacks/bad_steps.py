@@ -1,0 +1,75 @@
+"""Between backward and step: a step whose loss or gradient is not finite is not taken."""
+
+import logging
+from typing import Any
+
+import torch
+from composer import Callback, Logger, State
+
+from dinocomp.callbacks.clip import ClipGradients
+from dinocomp.distributed import any_rank
+from dinocomp.errors import TrainingError
+from dinocomp.method import DINOv2
+
+log = logging.getLogger(__name__)
+
+_WHAT_TO_TRY = (
+    "Lower optim.base_lr or raise optim.warmup_epochs; lower optim.clip_grad (1.0); with fp16, type recipes=[bf16] "
+    "or dino.koleo_loss_weight=0; look at pictures/first_batch.png for broken images"
+)
+
+
+class SkipBadSteps(Callback):
+    """Drops the gradients of a bad step on all ranks together, so that the optimizer moves nothing.
+
+    The step is bad where the loss of any rank or the gradient norm of any network is not finite. Runs behind
+    `ClipGradients`, which measures the norms.
+
+    Args:
+        max_in_a_row: raise after so many; 0 never does.
+
+    Attributes:
+        bad: whether the last step was.
+        count: bad steps of the run so far.
+        in_a_row: those at its end.
+    """
+
+    def __init__(self, model: DINOv2, clip: ClipGradients, max_in_a_row: int) -> None:
+        self.model = model
+        self.clip = clip
+        self.max_in_a_row = max_in_a_row
+        self.bad = False
+        self.count = self.in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self.in_a_row = int(state["count"]), int(state["in_a_row"])
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        terms, norms = self.model.terms, self.clip.norms
+        values = torch.stack([value.float().reshape(()) for value in (*terms.values(), *norms.values())])
+        self.bad = any_rank(not bool(torch.isfinite(values).all()))
+        if not self.bad:
+            self.in_a_row = 0
+            return
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.count += 1
+        self.in_a_row += 1
+        iteration = int(state.timestamp.batch) + 1
+        seen = ", ".join(f"{name} {value:.4g}" for name, value in zip((*terms, *norms), values.tolist(), strict=True))
+        log.warning(
+            "warning: iteration %d: loss or gradient is not finite (%s): step skipped (%d so far, %d in a row)",
+            iteration,
+            seen,
+            self.count,
+            self.in_a_row,
+        )
+        if self.in_a_row == self.max_in_a_row:
+            raise TrainingError(
+                f"{self.in_a_row} steps in a row up to iteration {iteration} had a loss or gradient that is not finite "
+                f"(optim.max_bad_steps={self.max_in_a_row}); the last: {seen}. Weights and checkpoints are as before "
+                f"them. {_WHAT_TO_TRY}. The same command then goes on from the last checkpoint."
+            )

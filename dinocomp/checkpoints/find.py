@@ -1,0 +1,105 @@
+"""Where a run goes on: the newest checkpoint that is whole, here or in the object store."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from composer.utils import dist
+
+from dinocomp.checkpoints.folder import STATE, find_fault, iteration_of, list_checkpoints, set_aside
+from dinocomp.checkpoints.plain import check_state
+from dinocomp.errors import ConfigError, DinocompError
+
+
+class Remote(Protocol):
+    """Checkpoints in an object store."""
+
+    address: str
+
+    def list_whole(self) -> list[int]:
+        """Iterations of the checkpoints that are whole there."""
+
+    def download(self, iteration: int, into: Path) -> Path:
+        """Fetches a checkpoint into a local folder of checkpoints."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run goes on from.
+
+    Attributes:
+        checkpoint: None for a fresh start.
+        passed_over: a line for each newer checkpoint that is damaged.
+    """
+
+    checkpoint: Path | None
+    passed_over: tuple[str, ...] = ()
+
+
+def find_checkpoint(folder: Path, resume: str, remote: Remote | None = None) -> Found:
+    """The checkpoint to go on from, the same on every rank: rank 0 looks, and fetches it where it is only remote.
+
+    Args:
+        folder: of the run's checkpoints; need not exist.
+        resume: `auto` for the newest whole one, if there is any checkpoint; `must` to insist on one; `never` to insist
+            that there is none.
+        remote: where there may be more of them.
+
+    Raises:
+        ConfigError: one is needed and there is none, a fresh start is asked for where there are some, all are damaged,
+            or a rank does not see what rank 0 sees.
+        WeightsError: the newest whole one holds code.
+    """
+    outcome: list[Found | DinocompError | None] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            outcome = [_look(folder, resume, remote)]
+        except DinocompError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    (found,) = outcome
+    if isinstance(found, DinocompError):
+        raise found
+    if found.checkpoint and not found.checkpoint.is_dir():
+        raise ConfigError(
+            f"rank 0 goes on from {found.checkpoint}, which rank {dist.get_global_rank()} does not see. "
+            "Put train.output_dir on storage that all machines share."
+        )
+    return found
+
+
+def _look(folder: Path, resume: str, remote: Remote | None) -> Found:
+    here = {iteration_of(path): path for path in list_checkpoints(folder)}
+    there = set(remote.list_whole()) if remote else set()
+    places = str(folder) + (f" or {remote.address}" if remote else "")
+    if resume == "must" and not (here or there):
+        raise ConfigError(
+            f"checkpoint.resume=must, but there is no checkpoint in {places}. Check train.output_dir, "
+            "or type checkpoint.resume=auto to start from scratch where there is none."
+        )
+    if resume == "never" and (here or there):
+        raise ConfigError(
+            f"checkpoint.resume=never, but there are checkpoints in {places} (the newest: iteration "
+            f"{max([*here, *there])}). Give another train.output_dir{' and checkpoint.remote' if there else ''}, or "
+            "move them away."
+        )
+    passed_over = []
+    for iteration in sorted({*here, *there}, reverse=True):
+        path = here.get(iteration)
+        fault = find_fault(path) if path else ""
+        if fault:
+            passed_over.append(f"{path} is passed over: {fault}")
+        if (fault or not path) and iteration in there:
+            if path:
+                set_aside(path)
+            path, fault = remote.download(iteration, folder), ""
+        if path and not fault:
+            check_state(path / STATE)
+            return Found(path, tuple(passed_over))
+    if passed_over:
+        # Starting anew would be a silent loss of all that they stand for.
+        raise ConfigError(
+            "no checkpoint is whole:\n  " + "\n  ".join(passed_over) + f"\nPut a whole one into {folder}, or give "
+            "another train.output_dir to start from scratch."
+        )
+    return Found(None)

@@ -1,0 +1,152 @@
+"""One folder holds a run's checkpoints; each is a folder in it, ``iteration-00003750``.
+
+It is written under a hidden name and renamed once its files and the list of their hashes are on the disk, so a process
+may be killed at any moment and leaves either a whole checkpoint or none. What a disk or a copy does to it later, the
+hashes tell.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import xxhash
+
+STATE = "checkpoint.pt"  # Composer's checkpoint
+TEACHER = "teacher.safetensors"
+MANIFEST = "manifest.json"  # the other files with their sizes and hashes
+
+_FORMAT = "dinocomp-checkpoint-1"
+_NAME = re.compile(r"iteration-(\d{8,})")
+_HIDDEN = (".partial-", ".gone-")  # being written, being deleted
+
+
+def name_of(iteration: int) -> str:
+    """Name of the checkpoint after `iteration` finished iterations."""
+    return f"iteration-{iteration:08d}"
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """Finished iterations of a checkpoint, from its name."""
+    return int(_NAME.fullmatch(checkpoint.name)[1])
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    found = [path for path in folder.glob("iteration-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=iteration_of)
+
+
+def expired(iterations: Sequence[int], max_to_keep: int, milestone: int) -> list[int]:
+    """Which checkpoints need not be kept: all but the newest `max_to_keep` and the multiples of `milestone`.
+
+    Args:
+        iterations: of the checkpoints there are.
+        max_to_keep: 0 keeps all.
+        milestone: iterations between those that are kept for ever; 0 for none.
+    """
+    old = sorted(iterations)[:-max_to_keep] if max_to_keep else []
+    return [iteration for iteration in old if not milestone or iteration % milestone]
+
+
+def begin(folder: Path, iteration: int) -> Path:
+    """An empty hidden folder to write a checkpoint's files to."""
+    partial = folder / f".partial-{name_of(iteration)}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish(partial: Path) -> Path:
+    """Makes a folder of `begin`, once its files are written, the checkpoint that it is to be; gives its path."""
+    name = partial.name.removeprefix(".partial-")
+    files = sorted(partial.iterdir())
+    manifest = {
+        "format": _FORMAT,
+        "iteration": int(_NAME.fullmatch(name)[1]),
+        "files": {path.name: {"bytes": path.stat().st_size, "xxh64": _hash(path)} for path in files},
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (*files, partial / MANIFEST, partial):
+        _to_disk(path)
+    final = partial.with_name(name)
+    if final.exists():
+        discard(final)
+    partial.rename(final)
+    _to_disk(final.parent)
+    return final
+
+
+def files_of(checkpoint: Path) -> dict[str, dict]:
+    """The files of a checkpoint: name -> {"bytes", "xxh64"}.
+
+    Raises:
+        ValueError: there is no such list, or it is damaged.
+    """
+    try:
+        content = json.loads((checkpoint / MANIFEST).read_text())
+        if content["format"] != _FORMAT:
+            raise ValueError(f"{MANIFEST} is of another format, {content['format']!r}")
+        return {name: {"bytes": int(f["bytes"]), "xxh64": str(f["xxh64"])} for name, f in content["files"].items()}
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is missing or damaged ({type(error).__name__})") from error
+
+
+def find_fault(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files, in words; "" if they are as they were written. Reads all of them."""
+    try:
+        files = files_of(checkpoint)
+    except ValueError as error:
+        return str(error)
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != expected["bytes"]:
+            return f"{name} has {size} bytes of {expected['bytes']}"
+        if _hash(path) != expected["xxh64"]:
+            return f"{name} is not what was written (its hash differs)"
+    return "" if STATE in files else f"{STATE} is missing"
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a checkpoint that is not gone on from, so that it is no longer counted; gives its new path."""
+    for number in range(1, 10_000):
+        aside = checkpoint.with_name(f"set-aside-{number}-{checkpoint.name}")
+        if not aside.exists():
+            return checkpoint.rename(aside)
+    raise FileExistsError(f"{checkpoint.parent} holds thousands of checkpoints set aside; delete them")
+
+
+def discard(checkpoint: Path) -> None:
+    """Deletes a checkpoint, gone from sight at once."""
+    hidden = checkpoint.with_name(f".gone-{checkpoint.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Deletes what processes that were killed left half written or half deleted. None may be at work in `folder`."""
+    for prefix in _HIDDEN:
+        for path in folder.glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file or a folder's entries would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

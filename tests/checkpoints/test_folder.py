@@ -1,0 +1,102 @@
+"""A checkpoint is whole or not there."""
+
+from pathlib import Path
+
+import pytest
+
+from dinocomp.checkpoints.folder import (
+    MANIFEST,
+    STATE,
+    begin,
+    discard,
+    expired,
+    find_fault,
+    iteration_of,
+    list_checkpoints,
+    publish,
+    set_aside,
+    sweep,
+)
+
+
+def make(folder: Path, iteration: int, content: bytes = b"weights") -> Path:
+    partial = begin(folder, iteration)
+    (partial / STATE).write_bytes(content)
+    (partial / "teacher.safetensors").write_bytes(b"teacher")
+    assert partial not in list_checkpoints(folder), "not seen before it is whole"
+    return publish(partial)
+
+
+def test_what_is_listed(tmp_path: Path) -> None:
+    for iteration in (12, 4, 123456789):
+        make(tmp_path, iteration)
+    begin(tmp_path, 16)
+    (tmp_path / "iteration-00000020").write_text("a file")
+    (tmp_path / "iteration-new").mkdir()
+    assert [iteration_of(path) for path in list_checkpoints(tmp_path)] == [4, 12, 123456789]
+    assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_a_whole_one_has_no_fault_and_may_be_copied(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 4)
+    assert find_fault(checkpoint) == ""
+    checkpoint.rename(tmp_path / "elsewhere")
+    assert find_fault(tmp_path / "elsewhere") == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: (path / STATE).write_bytes(b"weigh"), "checkpoint.pt has 5 bytes of 7"),
+        (lambda path: (path / STATE).write_bytes(b"weightz"), "checkpoint.pt is not what was written"),
+        (lambda path: (path / STATE).unlink(), "checkpoint.pt is missing"),
+        (lambda path: (path / "teacher.safetensors").unlink(), "teacher.safetensors is missing"),
+        (lambda path: (path / MANIFEST).unlink(), "manifest.json is missing or damaged"),
+        (lambda path: (path / MANIFEST).write_text("{"), "manifest.json"),
+        (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is missing or damaged"),
+        (lambda path: (path / MANIFEST).write_text('{"format": "x"}'), "another format"),
+        (
+            lambda path: (path / MANIFEST).write_text('{"format": "dinocomp-checkpoint-1", "files": {}}'),
+            "checkpoint.pt is missing",
+        ),
+    ],
+)
+def test_damage_is_found(tmp_path: Path, damage, said: str) -> None:
+    checkpoint = make(tmp_path, 4)
+    damage(checkpoint)
+    assert said in find_fault(checkpoint)
+
+
+def test_the_same_iteration_again(tmp_path: Path) -> None:
+    make(tmp_path, 4, b"old")
+    assert (make(tmp_path, 4, b"new") / STATE).read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
+    make(tmp_path, 4)
+    begin(tmp_path, 8)
+    (tmp_path / ".gone-iteration-00000002").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    aside = [set_aside(make(tmp_path, 6)) for _ in range(2)]
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"iteration-00000004", "notes.txt", *(p.name for p in aside)}
+    discard(list_checkpoints(tmp_path)[0])
+    assert list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("iterations", "max_to_keep", "milestone", "gone"),
+    [
+        ([4, 8, 12], 2, 0, [4]),
+        ([12, 8, 4], 2, 0, [4]),
+        ([4, 8, 12], 0, 0, []),
+        ([4, 8, 12], 3, 0, []),
+        ([], 1, 0, []),
+        ([4], 1, 0, []),
+        ([4, 8, 12, 13], 1, 8, [4, 12]),
+        ([8, 16, 24, 25], 2, 8, []),
+    ],
+)
+def test_retention(iterations: list[int], max_to_keep: int, milestone: int, gone: list[int]) -> None:
+    assert expired(iterations, max_to_keep, milestone) == gone
