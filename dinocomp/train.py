@@ -96,7 +96,9 @@ def _train(run: "Run") -> int:
     try:
         if start.iteration >= run.iterations:
             log.info("this run is finished: %d of %d iterations", run.iterations, run.iterations)
-            run.evaluation.fit_end(run.trainer.state, run.trainer.logger)  # a run may have been killed in between
+            # The process that finished it may have been killed before it was done with these.
+            run.checkpoints.fit_start(run.trainer.state, run.trainer.logger)
+            run.evaluation.fit_end(run.trainer.state, run.trainer.logger)
         else:
             log.info(
                 "training: %d iterations of %d images on %d %s; output in %s",

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from dinocomp.checkpoints.folder import STATE, name_of
 
@@ -65,6 +67,30 @@ def load_checkpoint(output: Path, iteration: int) -> dict:
     """What Composer saved of a run."""
     path = output / "checkpoints" / name_of(iteration) / STATE
     return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def weights(output: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """Every tensor of the model and the optimizer in a checkpoint, and the random states, by place."""
+    found = {}
+
+    def walk(node: object, place: str) -> None:
+        if isinstance(node, torch.Tensor):
+            found[place] = node
+        elif isinstance(node, dict | list):
+            for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+                walk(value, f"{place}/{key}")
+
+    saved = load_checkpoint(output, iteration)
+    walk({"model": saved["state"]["model"], "optimizers": saved["state"]["optimizers"], "rng": saved["rng"]}, "")
+    return found
+
+
+def small_folder(folder: Path, number: int = 40) -> Path:
+    """`number` of the digits as PNG files."""
+    folder.mkdir()
+    for i, image in enumerate(load_digits().images[:number]):
+        Image.fromarray((image * 15).astype("uint8")).save(folder / f"{i:03d}.png")
+    return folder
 
 
 def launch(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ from dinocomp.build import Run, build_run, check_start
 from dinocomp.config import load_config
 from dinocomp.train import main
 
-from .helpers import launch, load_checkpoint, metrics, words, yaml_of_nothing
+from .helpers import launch, load_checkpoint, metrics, weights, words, yaml_of_nothing
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 
@@ -22,22 +22,6 @@ def open_run(output: Path, **changes) -> Run:
     """A run of this process, built and not started."""
     config = load_config(None, words(output, **changes)).config
     return build_run(config, check_start(config))
-
-
-def weights(output: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """Everything in a checkpoint that is a tensor, flattened, by its place."""
-    found = {}
-
-    def walk(node: object, place: str) -> None:
-        if isinstance(node, torch.Tensor):
-            found[place] = node
-        elif isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, f"{place}/{key}")
-
-    state = load_checkpoint(output, iteration)["state"]
-    walk({"model": state["model"], "optimizers": state["optimizers"]}, "")
-    return found
 
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])

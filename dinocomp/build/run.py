@@ -54,6 +54,7 @@ class Run:
     model: DINOv2
     clip: ClipGradients
     evaluation: OnlineEvaluation
+    checkpoints: Checkpoints
     stop: StopOnSignal
     iterations: int
     images_per_iteration: int
@@ -123,6 +124,18 @@ def build_training(
         export_teacher=export_teacher,
         stop=stop,
     )
+    checkpoints = Checkpoints(
+        output / "checkpoints",
+        interval=derive.checkpoint_interval(config),
+        total=iterations,
+        expired=partial(
+            expired, max_to_keep=config.checkpoint.max_to_keep, milestone=derive.milestone_interval(config)
+        ),
+        export_teacher=export_teacher,
+        latest_teacher=output / "teacher.safetensors",
+        stop=stop,
+        on_failure=config.checkpoint.on_save_failure,
+    )
     callbacks = [  # within an event they run in this order
         random_state,
         ApplySchedules(model, schedules, multipliers),
@@ -142,18 +155,7 @@ def build_training(
             total=iterations,
         ),
         evaluation,
-        Checkpoints(
-            output / "checkpoints",
-            interval=derive.checkpoint_interval(config),
-            total=iterations,
-            expired=partial(
-                expired, max_to_keep=config.checkpoint.max_to_keep, milestone=derive.milestone_interval(config)
-            ),
-            export_teacher=export_teacher,
-            latest_teacher=output / "teacher.safetensors",
-            stop=stop,
-            on_failure=config.checkpoint.on_save_failure,
-        ),
+        checkpoints,
     ]
     with only_plain_types():
         trainer = Trainer(
@@ -184,7 +186,7 @@ def build_training(
         trainer.state.timestamp = Timestamp(
             batch=start.iteration, batch_in_epoch=start.iteration, sample=images, sample_in_epoch=images
         )
-    return Run(trainer, model, clip, evaluation, stop, iterations, global_batch, start)
+    return Run(trainer, model, clip, evaluation, checkpoints, stop, iterations, global_batch, start)
 
 
 def build_loggers(config: Config, output: Path) -> list[LoggerDestination]:

@@ -84,14 +84,18 @@ class Checkpoints(Callback):
         self.on_failure = on_failure
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        """Also for a run whose training had ended: settles what a process left that was killed while it saved."""
         finished = int(state.timestamp.batch)
         if dist.get_global_rank() == 0:
             sweep(self.folder)
             for path in list_checkpoints(self.folder):
                 if iteration_of(path) > finished:  # damaged: resuming has passed it over
                     log.warning("warning: the damaged checkpoint %s is now %s", path, set_aside(path).name)
+            there = list_checkpoints(self.folder)
             if self.copies:
-                self.copies.add_missing(list_checkpoints(self.folder))
+                self.copies.add_missing(there)
+            if there:
+                self._settle(there[-1])
         dist.barrier()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
@@ -141,10 +145,13 @@ class Checkpoints(Callback):
         self.export_teacher(partial / TEACHER, finished)
         path = publish(partial)
         log.info("checkpoint: %s", path)
-        _link(path / TEACHER, self.latest_teacher)
         if self.copies:
             self.copies.add(path)
-        there = {iteration_of(old): old for old in list_checkpoints(self.folder)}
+        self._settle(path)
+
+    def _settle(self, newest: Path) -> None:
+        _link(newest / TEACHER, self.latest_teacher)
+        there = {iteration_of(path): path for path in list_checkpoints(self.folder)}
         for iteration in self.expired(list(there)):
             if not self.copies or self.copies.withdraw(there[iteration]):
                 discard(there[iteration])

@@ -87,11 +87,13 @@ def files_of(checkpoint: Path) -> dict[str, dict]:
     """
     try:
         content = json.loads((checkpoint / MANIFEST).read_text())
-        if content["format"] != _FORMAT:
-            raise ValueError(f"{MANIFEST} is of another format, {content['format']!r}")
-        return {name: {"bytes": int(f["bytes"]), "xxh64": str(f["xxh64"])} for name, f in content["files"].items()}
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+        written_by, files = content["format"], content["files"]
+        files = {name: {"bytes": int(file["bytes"]), "xxh64": str(file["xxh64"])} for name, file in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} is missing or damaged ({type(error).__name__})") from error
+    if written_by != _FORMAT:
+        raise ValueError(f"{MANIFEST} is of another format, {written_by!r}")
+    return files
 
 
 def find_fault(checkpoint: Path) -> str:

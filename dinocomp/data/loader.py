@@ -12,6 +12,7 @@ from dinocomp.data.images import decode_rgb
 from dinocomp.data.masks import MaskSettings, batch_masks
 from dinocomp.data.order import Place, TrainingOrder
 from dinocomp.data.reader import Images
+from dinocomp.data.workers import leave_signals_to_parent
 from dinocomp.errors import DataError
 
 _CROP_STREAM = 104  # keeps this draw apart from those of order and masks
@@ -149,7 +150,12 @@ def training_loader(
     )
     workers: dict[str, Any] = {}
     if num_workers:  # torch refuses these without workers; torch itself gives each worker one thread
-        workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": timeout_seconds}
+        workers = {
+            "prefetch_factor": prefetch_factor,
+            "persistent_workers": True,
+            "timeout": timeout_seconds,
+            "worker_init_fn": leave_signals_to_parent,
+        }
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinocomp.data import Images, decode_rgb, evaluation_view
+from dinocomp.data.workers import leave_signals_to_parent
 from dinocomp.models import VisionTransformer
 
 
@@ -66,6 +67,7 @@ def extract_features(
         batch_size,
         num_workers=workers,
         timeout=timeout_seconds if workers else 0,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws a seed from the global one
     )

@@ -52,9 +52,9 @@ def test_a_whole_one_has_no_fault_and_may_be_copied(tmp_path: Path) -> None:
         (lambda path: (path / STATE).unlink(), "checkpoint.pt is missing"),
         (lambda path: (path / "teacher.safetensors").unlink(), "teacher.safetensors is missing"),
         (lambda path: (path / MANIFEST).unlink(), "manifest.json is missing or damaged"),
-        (lambda path: (path / MANIFEST).write_text("{"), "manifest.json"),
+        (lambda path: (path / MANIFEST).write_text("{"), "manifest.json is missing or damaged"),
         (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is missing or damaged"),
-        (lambda path: (path / MANIFEST).write_text('{"format": "x"}'), "another format"),
+        (lambda path: (path / MANIFEST).write_text('{"format": "x", "files": {}}'), "another format"),
         (
             lambda path: (path / MANIFEST).write_text('{"format": "dinocomp-checkpoint-1", "files": {}}'),
             "checkpoint.pt is missing",

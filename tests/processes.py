@@ -1,0 +1,102 @@
+"""Runs in processes of their own that start in a moment, to be killed."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+
+import torch
+
+from dinocomp.callbacks import checkpoints
+from dinocomp.method import DINOv2
+from dinocomp.train import main
+
+# A server that has imported everything once, and forks a child for each run.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.processes", "dinocomp.build", "dinocomp.callbacks", "streaming"])
+
+
+def start(arguments: list[str], before: Callable[..., None] | None = None, *details: object) -> BaseProcess:
+    """A training run in a new process; `before(*details)` is called in it first. Its exit code is that of `main`."""
+    process = _SERVER.Process(target=_run, args=(dict(os.environ), arguments, before, details))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess, timeout: float = 120) -> int:
+    """Waits for a process; gives its exit code (-9 for a killed one)."""
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise TimeoutError(f"still running after {timeout} s")
+    return process.exitcode
+
+
+def _run(environment: dict[str, str], arguments: list[str], before: Callable[..., None] | None, details: tuple) -> None:
+    os.environ.clear()  # it is the server's, from when that started
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if before:
+        before(*details)
+    code = main(arguments)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def kill_at_file_operation(number: int, where: str) -> None:
+    """Makes this process kill itself (SIGKILL) just before its `number`-th operation on a path that holds `where`."""
+    count = 0
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal count
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"):
+            paths = [os.fsdecode(a) for a in arguments[:2] if isinstance(a, str | bytes | os.PathLike)]
+            if any(where in path for path in paths):
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def limit_file_size_from(iteration: int, size: int) -> None:
+    """From an iteration on no file of this process may grow beyond `size` bytes, as on a disk that is full."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    _at_iteration(iteration, limit)
+
+
+def signal_at_iteration(iteration: int, number: signal.Signals) -> None:
+    """This process gets a signal while it is in an iteration (counted from 1)."""
+    _at_iteration(iteration, lambda: os.kill(os.getpid(), number))
+
+
+def hang_while_saving() -> None:
+    """This process never comes to the end of its first checkpoint."""
+
+    def hang(*_: object) -> None:
+        while True:
+            time.sleep(0.1)
+
+    checkpoints.publish = hang
+
+
+def _at_iteration(iteration: int, action: Callable[[], object]) -> None:
+    original = DINOv2.loss
+
+    def loss(self: DINOv2, outputs: object, batch: object) -> object:
+        nonlocal iteration
+        iteration -= 1
+        if iteration == 0:
+            action()
+        return original(self, outputs, batch)
+
+    DINOv2.loss = loss
