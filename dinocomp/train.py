@@ -62,6 +62,8 @@ def train(arguments: Sequence[str]) -> int:
     dist.initialize_dist(get_device("gpu" if gpu else "cpu"), timeout=1800)
     start = check_start(loaded.config)
     first = dist.get_global_rank() == 0
+    if not first:
+        logging.getLogger("dinocomp").addHandler(logging.NullHandler())  # rank 0 speaks for all
     with open_output(start.output) if first else nullcontext():
         _say_start(loaded, start)
         run = build_run(loaded.config, start)

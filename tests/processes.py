@@ -27,6 +27,20 @@ def start(arguments: list[str], before: Callable[..., None] | None = None, *deta
     return process
 
 
+def start_ranks(
+    arguments: list[str], number: int, port: int, before: Callable[..., None] | None = None, *details: object
+) -> list[BaseProcess]:
+    """The same on `number` ranks, as the launcher would start them."""
+    ranks = []
+    for rank in range(number):
+        places = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment |= {name: str(value) for name, value in places.items()}
+        ranks.append(_SERVER.Process(target=_run, args=(environment, arguments, before, details)))
+        ranks[-1].start()
+    return ranks
+
+
 def finish(process: BaseProcess, timeout: float = 120) -> int:
     """Waits for a process; gives its exit code (-9 for a killed one)."""
     process.join(timeout)
@@ -87,6 +101,27 @@ def hang_while_saving() -> None:
             time.sleep(0.1)
 
     checkpoints.publish = hang
+
+
+def spoil(iterations: list[int], rank: int, how: str) -> None:
+    """The loss of these iterations (counted from 1) is not finite on `rank` (-1: on all).
+
+    Args:
+        how: `loss` for an infinite loss without a gradient of its own, `gradient` for NaN in both.
+    """
+    original, done = DINOv2.loss, 0
+
+    def loss(self: DINOv2, outputs: object, batch: object) -> dict[str, torch.Tensor]:
+        nonlocal done
+        done += 1
+        found = original(self, outputs, batch)
+        if done in iterations and rank in (-1, int(os.environ.get("RANK", "0"))):
+            if how == "gradient":
+                found["total"] = found["total"] * float("nan")
+            self.terms = {name: term * float("inf") for name, term in self.terms.items()}
+        return found
+
+    DINOv2.loss = loss
 
 
 def _at_iteration(iteration: int, action: Callable[[], object]) -> None:

@@ -50,7 +50,8 @@ class SkipBadSteps(Callback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         terms, norms = self.model.terms, self.clip.norms
         values = torch.stack([value.float().reshape(()) for value in (*terms.values(), *norms.values())])
-        self.bad = any_rank(not bool(torch.isfinite(values).all()))
+        bad_here = not bool(torch.isfinite(values).all())
+        self.bad = any_rank(bad_here)
         if not self.bad:
             self.in_a_row = 0
             return
@@ -60,6 +61,7 @@ class SkipBadSteps(Callback):
         self.in_a_row += 1
         iteration = int(state.timestamp.batch) + 1
         seen = ", ".join(f"{name} {value:.4g}" for name, value in zip((*terms, *norms), values.tolist(), strict=True))
+        seen = seen if bad_here else "of another process"
         log.warning(
             "warning: iteration %d: loss or gradient is not finite (%s): step skipped (%d so far, %d in a row)",
             iteration,

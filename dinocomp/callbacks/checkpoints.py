@@ -19,6 +19,7 @@ from dinocomp.checkpoints.folder import (
     discard,
     iteration_of,
     list_checkpoints,
+    partial_of,
     publish,
     set_aside,
     sweep,
@@ -120,11 +121,10 @@ class Checkpoints(Callback):
 
     def _save(self, state: State, finished: int) -> str:
         """Writes a checkpoint; gives, on all ranks, why that failed, or ""."""
-        partial = self.folder / "unused"  # only rank 0 writes
-        failure = ""
+        partial, failure = partial_of(self.folder, finished), ""
         try:
             if dist.get_global_rank() == 0:
-                partial = begin(self.folder, finished)
+                begin(self.folder, finished)
             save_checkpoint(state, str(partial / STATE))
         except (OSError, RuntimeError) as error:
             failure = f"{type(error).__name__}: {error}"

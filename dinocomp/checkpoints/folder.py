@@ -51,11 +51,16 @@ def expired(iterations: Sequence[int], max_to_keep: int, milestone: int) -> list
     return [iteration for iteration in old if not milestone or iteration % milestone]
 
 
+def partial_of(folder: Path, iteration: int) -> Path:
+    """The hidden folder in which a checkpoint is written."""
+    return folder / f".partial-{name_of(iteration)}"
+
+
 def begin(folder: Path, iteration: int) -> Path:
-    """An empty hidden folder to write a checkpoint's files to."""
-    partial = folder / f".partial-{name_of(iteration)}"
+    """Makes that folder, empty, for `publish`."""
+    partial = partial_of(folder, iteration)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)  # Composer makes it, too, on other ranks
     return partial
 
 
