@@ -81,13 +81,11 @@ def _say_start(loaded: "LoadedConfig", start: "Start") -> None:
     log = logging.getLogger("dinocomp")
     for notice in loaded.notices:
         log.info("note: %s", notice)
-    for line in start.passed_over:
-        log.warning("warning: %s", line)
     if start.checkpoint:
         log.info("resuming from %s", start.checkpoint)
         if loaded.config.MODEL.WEIGHTS or loaded.config.student.pretrained_weights:
             log.info("note: weights to start from are not read again; a new train.output_dir starts from them")
-    for line in start.changed:
+    for line in (*start.notes, *start.changed):
         log.info("note: %s", line)
 
 

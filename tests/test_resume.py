@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from dinocomp.build import Run, build_run, check_start
 from dinocomp.config import load_config
 from dinocomp.train import main
 
-from .helpers import launch, load_checkpoint, metrics, weights, words, yaml_of_nothing
+from . import processes
+from .helpers import launch, load_checkpoint, metrics, small_folder, weights, words, yaml_of_nothing
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 
@@ -98,6 +100,55 @@ def test_ranks_resume_together(tmp_path: Path) -> None:
     assert not [name for name in whole if not torch.equal(whole[name], parts[name])]
 
 
+def test_other_processes_and_workers_on_resume(tmp_path: Path, free_port: int) -> None:
+    """1 -> 2 -> 1 processes, 0 -> 2 -> 0 workers: the same images, crops and masks, so the same losses."""
+    images = small_folder(tmp_path / "images")
+
+    def arguments(name: str, **changes: object) -> list[str]:
+        fixed = {"student__drop_path_rate": 0, "dino__koleo_loss_weight": 0, "train__dataset_path": images}
+        fixed |= {"data__cache_dir": tmp_path / "cache"}
+        return [yaml_of_nothing(tmp_path), *words(tmp_path / name, **fixed | changes)]
+
+    assert processes.finish(processes.start(arguments("whole"))) == 0
+    stop = (processes.signal_at_iteration, 4, signal.SIGTERM)
+    assert processes.finish(processes.start(arguments("parts"), *stop)) == 75
+    two = arguments("parts", train__batch_size_per_gpu=4, train__num_workers=2)
+    assert [processes.finish(rank) for rank in processes.start_ranks(two, 2, free_port, *stop)] == [75, 75]
+    assert processes.finish(processes.start(arguments("parts"))) == 0
+    said = (tmp_path / "parts" / "train.log").read_text()
+    assert "processes were 1, are 2 (" in said and "processes were 2, are 1 (" in said
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert [line["iteration"] for line in parts] == list(range(1, 13))
+    for one, other in zip(whole, parts, strict=True):
+        for name in ("loss/total", "loss/dino_local", "loss/ibot", "grad_norm/backbone", "lr", "teacher/entropy_ibot"):
+            assert other[name] == pytest.approx(one[name], rel=2e-5), (one["iteration"], name)
+
+
+def test_weights_with_their_iteration(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """`MODEL.KEEP_ITERATION` takes over the iteration, as the reference does, but not the optimizer."""
+    nothing = yaml_of_nothing(tmp_path)
+    assert main([nothing, *words(tmp_path / "first", optim__epochs=2)]) == 0
+    assert main([nothing, *words(tmp_path / "whole")]) == 0
+    changes = {"MODEL__KEEP_ITERATION": "true"}
+    for name in ("checkpoints/iteration-00000004", "teacher.safetensors"):
+        weights_file, output = tmp_path / "first" / name, tmp_path / name.replace("/", "-")
+        start = 4 if "checkpoints" in name else 8
+        assert main([nothing, *words(output, **changes, MODEL__WEIGHTS=weights_file)]) == 0
+        lines, whole = metrics(output), metrics(tmp_path / "whole")
+        assert [line["iteration"] for line in lines] == list(range(start + 1, 13))
+        assert [line["lr"] for line in lines] == [line["lr"] for line in whole[start:]]
+        if start == 4:  # the same images and weights: the same first loss, but for what drop path draws
+            assert lines[0]["loss/dino_global"] == pytest.approx(whole[4]["loss/dino_global"], rel=0.1)
+    capsys.readouterr()
+    torch.save({"teacher": {"x": torch.zeros(1)}}, tmp_path / "reference.pth")
+    assert main([nothing, *words(tmp_path / "no", **changes, MODEL__WEIGHTS=tmp_path / "reference.pth")]) == 2
+    assert "does not say of which iteration it is; type MODEL.KEEP_ITERATION=false" in capsys.readouterr().err
+    torch.save({"teacher": {"x": torch.zeros(1)}, "iteration": 11}, tmp_path / "reference.pth")
+    assert main([nothing, *words(tmp_path / "no", **changes, MODEL__WEIGHTS=tmp_path / "reference.pth")]) == 2
+    assert "is of iteration 12, and the run has 12. Raise optim.epochs" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_finished_run_goes_on_without_its_weights_file(tmp_path: Path) -> None:
     nothing, output = yaml_of_nothing(tmp_path), tmp_path / "run"
     assert main([nothing, *words(tmp_path / "first", optim__epochs=1)]) == 0
@@ -152,7 +203,8 @@ def test_what_changed_is_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([nothing, *words(output, optim__epochs=1)]) == 0
     first = (output / "config.yaml").read_text()
     assert main([nothing, *words(output, optim__epochs=1, train__seed=5)]) == 0
-    assert "note: train.seed was 0, is 5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: train.seed was 0, is 5 (images come in another order and other crops from here on)" in said
     assert (output / "config.yaml").read_text() == first
     assert main([nothing, *words(output, optim__epochs=2, train__seed=5)]) == 0
     said = capsys.readouterr().out

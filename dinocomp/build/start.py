@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from composer.utils import dist
 
 from dinocomp.build.model import backbone_arguments
 from dinocomp.checkpoints.find import find_checkpoint
-from dinocomp.checkpoints.folder import iteration_of
+from dinocomp.checkpoints.folder import iteration_of, world_size_of
 from dinocomp.config import Config, derive, load_config
 from dinocomp.config.changes import differences
 from dinocomp.errors import ConfigError
@@ -25,7 +26,7 @@ class Start:
         checkpoint: the folder of the checkpoint to go on from, None for a fresh start.
         iteration: finished iterations there, or those that `MODEL.KEEP_ITERATION` takes over from other weights.
         changed: for a run that goes on, a line for every key that is not what it was.
-        passed_over: a line for each newer checkpoint that is damaged.
+        notes: other lines on how it goes on.
     """
 
     gpu: bool
@@ -34,7 +35,7 @@ class Start:
     checkpoint: Path | None
     iteration: int = 0
     changed: tuple[str, ...] = ()
-    passed_over: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def on_gpu(config: Config) -> bool:
@@ -63,7 +64,7 @@ def check_start(config: Config) -> Start:
     found = find_checkpoint(output / "checkpoints", config.checkpoint.resume)
     checkpoint = found.checkpoint
     iteration = iteration_of(checkpoint) if checkpoint else 0
-    changed: list[str] = []
+    changed, notes = [], list(found.passed_over)
     if checkpoint is None:
         for path in filter(None, (config.MODEL.WEIGHTS, config.student.pretrained_weights)):
             check_file(path)
@@ -78,7 +79,12 @@ def check_start(config: Config) -> Start:
                 f"{checkpoint} holds other networks: {'; '.join(networks)}. "
                 f"Give another train.output_dir, or the settings of {output / CONFIG}."
             )
-    return Start(gpu, precision, output, checkpoint, iteration, tuple(changed), found.passed_over)
+    if checkpoint and (before := world_size_of(checkpoint)) != (now := dist.get_world_size()):
+        notes.append(
+            f"processes were {before}, are {now} (images, crops and masks are the same as long as "
+            "train.batch_size_per_gpu times processes is; what is drawn on a process, such as drop path, is another)"
+        )
+    return Start(gpu, precision, output, checkpoint, iteration, tuple(changed), tuple(notes))
 
 
 def _iteration_to_keep(config: Config) -> int:

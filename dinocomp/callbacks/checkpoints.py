@@ -143,7 +143,7 @@ class Checkpoints(Callback):
 
     def _publish(self, partial: Path, finished: int) -> None:
         self.export_teacher(partial / TEACHER, finished)
-        path = publish(partial)
+        path = publish(partial, dist.get_world_size())
         log.info("checkpoint: %s", path)
         if self.copies:
             self.copies.add(path)

@@ -1,5 +1,7 @@
 """After a resume: the random numbers go on where they stopped."""
 
+import warnings
+
 from composer import Callback, Logger, State, Trainer
 from composer.utils import reproducibility
 
@@ -19,5 +21,7 @@ class RestoreRandomState(Callback):
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         if self.trainer is not None and self.trainer._rng_state is not None:
-            reproducibility.load_rng_state(self.trainer._rng_state)
+            with warnings.catch_warnings():  # other world sizes and devices; the run's notes say so
+                warnings.simplefilter("ignore")
+                reproducibility.load_rng_state(self.trainer._rng_state)
             self.trainer._rng_state = None

@@ -64,13 +64,18 @@ def begin(folder: Path, iteration: int) -> Path:
     return partial
 
 
-def publish(partial: Path) -> Path:
-    """Makes a folder of `begin`, once its files are written, the checkpoint that it is to be; gives its path."""
+def publish(partial: Path, world_size: int = 1) -> Path:
+    """Makes a folder of `begin`, once its files are written, the checkpoint that it is to be; gives its path.
+
+    Args:
+        world_size: of the processes that trained it.
+    """
     name = partial.name.removeprefix(".partial-")
     files = sorted(partial.iterdir())
     manifest = {
         "format": _FORMAT,
         "iteration": int(_NAME.fullmatch(name)[1]),
+        "world_size": world_size,
         "files": {path.name: {"bytes": path.stat().st_size, "xxh64": _hash(path)} for path in files},
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -99,6 +104,11 @@ def files_of(checkpoint: Path) -> dict[str, dict]:
     if written_by != _FORMAT:
         raise ValueError(f"{MANIFEST} is of another format, {written_by!r}")
     return files
+
+
+def world_size_of(checkpoint: Path) -> int:
+    """Processes that trained a checkpoint that is whole."""
+    return int(json.loads((checkpoint / MANIFEST).read_text())["world_size"])
 
 
 def find_fault(checkpoint: Path) -> str:
