@@ -113,7 +113,8 @@ class Metrics(Callback):
 
     def _warn_of_collapse(self, record: dict[str, float], finished: int) -> None:
         gauges = {name.removeprefix("teacher/"): value for name, value in record.items() if name.startswith("teacher/")}
-        signs = signs_of_collapse(gauges, self.prototypes)
+        # Before the learning rate is up, centred targets are nearly uniform in healthy runs, too.
+        signs = signs_of_collapse(gauges, self.prototypes) if finished > self.schedules.warmup else []
         self.collapsed_lines = self.collapsed_lines + 1 if signs else 0
         # Then again ever more rarely: at 5, 50, 500 lines.
         if self.collapsed_lines in (5 * 10**n for n in range(9)):

@@ -49,7 +49,7 @@ def signs_of_collapse(gauges: Mapping[str, float], prototypes: Mapping[str, int]
         prototypes: K of each loss's head.
     """
     signs = []
-    if gauges["feature_std"] < 0.02:
+    if gauges["feature_std"] < 0.05:
         signs.append(f"the teacher's features are nearly the same for all images (spread {gauges['feature_std']:.2g})")
     for loss, count in prototypes.items():
         used, entropy = gauges.get(f"prototypes_{loss}", math.nan), gauges.get(f"entropy_{loss}", math.nan)

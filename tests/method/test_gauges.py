@@ -1,0 +1,50 @@
+"""Gauges of collapse: their formulas, and what they call by its name."""
+
+import math
+
+import pytest
+import torch
+
+from dinocomp.method.gauges import feature_std, signs_of_collapse, target_gauges
+
+
+def test_entropy_and_prototypes_in_use() -> None:
+    uniform, one_hot = torch.full((6, 8), 1 / 8), torch.eye(8)[[0, 0, 0, 5, 5, 5]]
+    found = target_gauges(uniform)
+    assert found["entropy"] == pytest.approx(math.log(8)) and found["prototypes"] == pytest.approx(8)
+    found = target_gauges(one_hot)
+    assert found["entropy"] == 0 and found["prototypes"] == pytest.approx(2)
+    assert target_gauges(torch.eye(8)[[3, 3]])["prototypes"] == pytest.approx(1)
+    padded = torch.cat([one_hot, uniform])
+    valid = torch.arange(12) < 6
+    assert target_gauges(padded, valid)["prototypes"] == pytest.approx(2), "padding has no say"
+    assert target_gauges(padded, torch.zeros(12, dtype=torch.bool))["entropy"] == 0
+
+
+def test_spread_of_features() -> None:
+    torch.manual_seed(0)
+    assert feature_std(torch.randn(4096, 64)) == pytest.approx(1, abs=0.02)
+    assert feature_std(torch.randn(1, 64).expand(10, 64) * torch.rand(10, 1)) == pytest.approx(0, abs=1e-4)
+    assert feature_std(torch.randn(64)[None]) == pytest.approx(0, abs=1e-4), "one image has no spread"
+
+
+HEALTHY = {"feature_std": 0.6, "entropy_dino": 3.0, "prototypes_dino": 60.0, "entropy_ibot": 2.0, "prototypes_ibot": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, []),
+        ({"feature_std": 0.001}, ["features are nearly the same for all images"]),
+        ({"prototypes_dino": 1.01}, ["dino targets use 1.0 of 128 prototypes"]),
+        ({"entropy_ibot": math.log(64)}, ["ibot targets are the same for all 64 prototypes"]),
+        ({"feature_std": math.nan, "entropy_dino": math.nan}, []),
+    ],
+)
+def test_signs(change: dict, said: list[str]) -> None:
+    signs = signs_of_collapse(HEALTHY | change, {"dino": 128, "ibot": 64})
+    assert len(signs) == len(said) and all(part in sign for part, sign in zip(said, signs, strict=True))
+
+
+def test_a_loss_that_is_off_has_no_signs() -> None:
+    assert signs_of_collapse({"feature_std": 0.5}, {}) == []
