@@ -1,0 +1,1 @@
+"""Checkpoints: whole or not seen, on disk and in an object store."""

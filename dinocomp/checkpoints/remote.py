@@ -1,0 +1,344 @@
+"""A run's folder in an object store: whole checkpoints, and the small files beside them."""
+
+import errno
+import json
+import logging
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from itertools import count
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeVar
+
+import xxhash
+from composer.utils import ObjectStore
+
+from dinocomp.checkpoints import store as stores
+from dinocomp.checkpoints.store import CREDENTIALS, RemoteError, cause_of, is_missing, is_refused
+from dinocomp.errors import ConfigError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FORMAT = "dinocomp-checkpoint-1"
+MANIFEST = "manifest.json"
+FOLDER = "checkpoints"
+PROBE = ".dinocomp-probe"
+READ_TRIES = 5
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class DamagedError(RemoteError):
+    """A checkpoint is not what its manifest says, or is gone; trying again does not mend it."""
+
+
+class Entry(NamedTuple):
+    """One file of a checkpoint, as its manifest has it."""
+
+    bytes: int
+    xxh64: str
+
+
+def parse_manifest(text: bytes, where: str) -> dict[str, Entry]:
+    """The files of a checkpoint, by name.
+
+    Args:
+        text: what manifest.json holds.
+        where: the manifest's path or address, for messages.
+
+    Raises:
+        DamagedError: it is not a manifest, or names files outside of the checkpoint's folder.
+    """
+    try:
+        manifest = json.loads(text)
+        if manifest["format"] != FORMAT:
+            raise DamagedError(f"{where} has the format {manifest['format']!r}, expected {FORMAT!r}; update dinocomp")
+        files = {name: Entry(int(file["bytes"]), str(file["xxh64"])) for name, file in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(
+            f"{where} is damaged ({error!r}); delete that checkpoint, an older one is used then"
+        ) from error
+    for name in files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or name == MANIFEST or str(path) != name:
+            raise DamagedError(f"{where} names the file {name!r}, which is not in its folder; delete that checkpoint")
+    return files
+
+
+def read_manifest(folder: Path) -> dict[str, Entry]:
+    """The files of the local checkpoint `folder`, by name.
+
+    Raises:
+        DamagedError: one of them is not there or has another size, or the manifest is damaged.
+    """
+    try:
+        files = parse_manifest((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
+        for name, entry in files.items():
+            size = (folder / name).stat().st_size
+            if size != entry.bytes:
+                raise DamagedError(f"{folder / name} has {size} bytes, its manifest says {entry.bytes}")
+    except OSError as error:
+        raise DamagedError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return files
+
+
+def folder_name(iteration: int) -> str:
+    """What the folder of a checkpoint is called, here and there."""
+    return f"iteration-{iteration:08d}"
+
+
+class RemoteFolder:
+    """The folder of one run in an object store.
+
+    A checkpoint is `checkpoints/iteration-N/…` below the address. Its manifest.json is put there last and deleted
+    first: where there is one, the checkpoint is whole, and where there is none, nobody sees it. Nothing is asked of the
+    store before the first call.
+
+    Args:
+        address: such as s3://bucket/run; also gs://, oci://, azure://.
+        answer_seconds: longest wait for a sign of life from an S3 store before a request counts as failed.
+        retry_seconds: first wait before a failed read is tried again; each next one is twice as long.
+
+    Attributes:
+        prunes: whether old checkpoints can be deleted there.
+
+    Raises:
+        ConfigError: `address` is not one of a folder in an object store.
+    """
+
+    def __init__(self, address: str, *, answer_seconds: float = 30, retry_seconds: float = 1) -> None:
+        self._scheme, self._bucket, self._prefix = stores.split_address(address)
+        self.address = f"{self._scheme}://{self._bucket}/{self._prefix}"
+        self.prunes = True
+        self._answer_seconds = answer_seconds
+        self._retry_seconds = retry_seconds
+        self._sent: dict[str, Entry] = {}  # verified files of a checkpoint whose upload failed half-way
+
+    @cached_property
+    def _store(self) -> ObjectStore:
+        return stores.open_store(self.address, self._answer_seconds)
+
+    def check(self, seconds: float = 20) -> None:
+        """Write, list, read and delete a small object, so that a wrong setting shows before the first step.
+
+        Args:
+            seconds: give up when that has not been done after so long.
+
+        Raises:
+            ConfigError: one of them fails, with the cause and what to change.
+        """
+        try:
+            stores.within(seconds, self._probe)
+        except Exception as error:
+            raise ConfigError(f"checkpoint.remote={self.address}: {cause_of(error)}; {self._advice(error)}") from error
+
+    def list_whole(self) -> list[int]:
+        """Iterations of the whole checkpoints there, in rising order.
+
+        Raises:
+            RemoteError: the store does not answer, or refuses.
+        """
+        return sorted(iteration for iteration, names in self._listing().items() if MANIFEST in names)
+
+    def list_partial(self) -> list[int]:
+        """Iterations of which there are some files, but not a whole checkpoint, in rising order."""
+        return sorted(iteration for iteration, names in self._listing().items() if MANIFEST not in names)
+
+    def holds(self, folder: Path) -> bool:
+        """Whether the very checkpoint in the local `folder` is there, whole. One of another content is not."""
+        there = self._read(self._name(f"{FOLDER}/{folder.name}/{MANIFEST}"))
+        return there == (folder / MANIFEST).read_bytes()
+
+    def upload(self, folder: Path) -> None:
+        """Copy a whole local checkpoint there: its files, each checked by its size, then the manifest.
+
+        A failed upload goes on with the file that failed when it is asked for again.
+
+        Args:
+            folder: …/iteration-N with a manifest.json.
+
+        Raises:
+            DamagedError: the local checkpoint is damaged or gone.
+            Exception: the store's library's own, or RemoteError where an object has another size than its file.
+        """
+        base = f"{FOLDER}/{folder.name}"
+        manifest = self._name(f"{base}/{MANIFEST}")
+        files = read_manifest(folder)
+        if self.prunes:  # one of an earlier attempt at this iteration; with half of its files replaced it is not whole
+            stores.delete_object(self._store, manifest)
+        for file, entry in files.items():
+            name = self._name(f"{base}/{file}")
+            if self._sent.get(name) != entry:
+                self._put(folder / file, name, entry.bytes)
+                self._sent[name] = entry
+        self._put(folder / MANIFEST, manifest, (folder / MANIFEST).stat().st_size)
+        self._sent.clear()
+
+    def download(self, iteration: int, into: Path) -> Path:
+        """Fetch a whole checkpoint. It appears under its name only when every file has the manifest's size and hash.
+
+        Args:
+            iteration: one of `list_whole()`.
+            into: the local folder of checkpoints.
+
+        Returns:
+            The checkpoint's folder, `into`/iteration-N.
+
+        Raises:
+            RemoteError: it is not there, a file of it comes broken again and again, or `into` cannot be written to.
+        """
+        final = into / folder_name(iteration)
+        partial = into / f".partial-{final.name}"
+        base = f"{FOLDER}/{final.name}"
+        if final.exists():
+            raise RemoteError(f"{final} is there already; remove it to fetch the one of {self.address}")
+        text = self._patiently(lambda: self._read(self._name(f"{base}/{MANIFEST}")), f"{base}/{MANIFEST}")
+        if text is None:
+            raise RemoteError(f"{self.address} has no whole checkpoint of iteration {iteration}")
+        files = parse_manifest(text, f"{self.address}/{base}/{MANIFEST}")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            for file, entry in files.items():
+                (partial / file).parent.mkdir(parents=True, exist_ok=True)
+                self._patiently(lambda file=file, entry=entry: self._get(base, file, entry, partial), f"{base}/{file}")
+            (partial / MANIFEST).write_bytes(text)
+            partial.rename(final)
+        except OSError as error:
+            raise RemoteError(f"{into} cannot be written to: {error.strerror or error}; make room there") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return final
+
+    def delete(self, iteration: int) -> None:
+        """Delete a checkpoint, whole or not: the manifest first, so that nobody sees half of one."""
+        base = f"{FOLDER}/{folder_name(iteration)}"
+        names = self._listing().get(iteration, set())
+        for name in sorted(names, key=lambda name: name != MANIFEST):
+            stores.delete_object(self._store, self._name(f"{base}/{name}"))
+
+    def upload_file(self, path: Path, name: str) -> None:
+        """Copy one small file of the run to `name` below the address; it may be growing."""
+        self._store.upload_object(self._name(name), str(path.absolute()))
+
+    def download_file(self, name: str, path: Path) -> bool:
+        """Fetch the file called `name` below the address to `path`. Gives False where there is none.
+
+        Raises:
+            RemoteError: it cannot be fetched.
+        """
+        content = self._patiently(lambda: self._read(self._name(name)), name)
+        if content is None:
+            return False
+        partial = path.with_name(f".partial-{path.name}")
+        partial.write_bytes(content)
+        partial.replace(path)
+        return True
+
+    def _name(self, relative: str) -> str:
+        return f"{self._prefix}/{relative}"
+
+    def _listing(self) -> Mapping[int, set[str]]:
+        """Names of the files of each checkpoint there, by iteration. Other objects are none of ours."""
+        start = self._name(f"{FOLDER}/iteration-")
+        names = self._patiently(lambda: stores.list_names(self._store, start), FOLDER)
+        found: dict[int, set[str]] = {}
+        for name in names:
+            if match := re.fullmatch(r"(\d{8,})/(.+)", name[len(start) :]):
+                found.setdefault(int(match[1]), set()).add(match[2])
+        return found
+
+    def _put(self, path: Path, name: str, size: int) -> None:
+        self._store.upload_object(name, str(path.absolute()))
+        there = stores.size_of(self._store, name)
+        if there != size:
+            raise RemoteError(f"{self._scheme}://{self._bucket}/{name} has {there} bytes after the upload, not {size}")
+
+    def _get(self, base: str, file: str, entry: Entry, folder: Path) -> None:
+        path = (folder / file).absolute()
+        self._store.download_object(self._name(f"{base}/{file}"), str(path), overwrite=True)
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise DamagedError(f"it has {size} bytes, its manifest says {entry.bytes}")
+        with path.open("rb") as opened:
+            digest = xxhash.xxh64()
+            while block := opened.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != entry.xxh64:
+            raise DamagedError(f"its xxh64 is {digest.hexdigest()}, its manifest says {entry.xxh64}")
+
+    def _read(self, name: str) -> bytes | None:
+        """What a small object holds, or None if there is no such object."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "object")
+            try:
+                self._store.download_object(name, str(path))
+            except Exception as error:
+                if is_missing(error):
+                    return None
+                raise
+            return path.read_bytes()
+
+    def _patiently(self, function: Callable[[], T], what: str) -> T:
+        """What `function` gives, tried again when the store stumbles.
+
+        Raises:
+            RemoteError: it failed every time, or in a way that another try does not mend.
+        """
+        for attempt in count(1):
+            try:
+                return function()
+            except Exception as error:
+                where = f"{self.address}/{what}"
+                if isinstance(error, OSError) and error.errno in _LOCAL:
+                    raise RemoteError(
+                        f"{where} cannot be written to {error.filename or 'the disk'}: {error.strerror}; make room there"
+                    ) from error
+                if is_refused(error) or attempt == READ_TRIES:
+                    tries = f" ({attempt} tries)" if attempt > 1 else ""
+                    raise RemoteError(
+                        f"{where} cannot be fetched{tries}: {cause_of(error)}; {self._advice(error)}"
+                    ) from error
+                log.debug("%s: %s; trying again", where, cause_of(error))
+            time.sleep(self._retry_seconds * 2 ** (attempt - 1))
+
+    def _probe(self) -> None:
+        name = self._name(PROBE)
+        token = uuid.uuid4().hex.encode()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "probe")
+            path.write_bytes(token)
+            self._store.upload_object(name, str(path))
+        stores.list_names(self._store, name)
+        there = self._read(name)
+        if there != token:
+            raise RemoteError(f"what was written to {name} is not what is read there")
+        self.prunes = stores.can_delete(self._store)
+        try:
+            if self.prunes:
+                stores.delete_object(self._store, name)
+        except Exception as error:
+            if not is_refused(error):
+                raise
+            self.prunes = False
+        if not self.prunes:
+            log.warning("objects in %s cannot be deleted; old checkpoints will stay there", self.address)
+
+    def _advice(self, error: Exception) -> str:
+        if isinstance(error, DamagedError):
+            return "delete that checkpoint there to go on from an older one"
+        endpoint = stores.endpoint_of(self.__dict__.get("_store"))
+        status = stores.status_of(error)
+        if status == 404:
+            return f"make the bucket {self._bucket}, or correct its name"
+        if is_refused(error):
+            return (
+                f"check {CREDENTIALS[self._scheme]}; the account must be allowed to read, write, list and delete "
+                f"below {self.address}"
+            )
+        if status is None and endpoint and not isinstance(error, RemoteError):
+            return f"nothing useful answers at {endpoint}: check S3_ENDPOINT_URL and the network"
+        return f"check that the store is well, and {CREDENTIALS[self._scheme]}"
