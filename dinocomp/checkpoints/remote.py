@@ -1,7 +1,6 @@
 """A run's folder in an object store: whole checkpoints, and the small files beside them."""
 
 import errno
-import json
 import logging
 import re
 import shutil
@@ -11,84 +10,24 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import count
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 import xxhash
 from composer.utils import ObjectStore
 
 from dinocomp.checkpoints import store as stores
+from dinocomp.checkpoints.manifest import MANIFEST, DamagedError, Entry, folder_name, parse_manifest, read_manifest
 from dinocomp.checkpoints.store import CREDENTIALS, RemoteError, cause_of, is_missing, is_refused
 from dinocomp.errors import ConfigError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FORMAT = "dinocomp-checkpoint-1"
-MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 PROBE = ".dinocomp-probe"
 READ_TRIES = 5
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-class DamagedError(RemoteError):
-    """A checkpoint is not what its manifest says, or is gone; trying again does not mend it."""
-
-
-class Entry(NamedTuple):
-    """One file of a checkpoint, as its manifest has it."""
-
-    bytes: int
-    xxh64: str
-
-
-def parse_manifest(text: bytes, where: str) -> dict[str, Entry]:
-    """The files of a checkpoint, by name.
-
-    Args:
-        text: what manifest.json holds.
-        where: the manifest's path or address, for messages.
-
-    Raises:
-        DamagedError: it is not a manifest, or names files outside of the checkpoint's folder.
-    """
-    try:
-        manifest = json.loads(text)
-        if manifest["format"] != FORMAT:
-            raise DamagedError(f"{where} has the format {manifest['format']!r}, expected {FORMAT!r}; update dinocomp")
-        files = {name: Entry(int(file["bytes"]), str(file["xxh64"])) for name, file in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(
-            f"{where} is damaged ({error!r}); delete that checkpoint, an older one is used then"
-        ) from error
-    for name in files:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or name == MANIFEST or str(path) != name:
-            raise DamagedError(f"{where} names the file {name!r}, which is not in its folder; delete that checkpoint")
-    return files
-
-
-def read_manifest(folder: Path) -> dict[str, Entry]:
-    """The files of the local checkpoint `folder`, by name.
-
-    Raises:
-        DamagedError: one of them is not there or has another size, or the manifest is damaged.
-    """
-    try:
-        files = parse_manifest((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
-        for name, entry in files.items():
-            size = (folder / name).stat().st_size
-            if size != entry.bytes:
-                raise DamagedError(f"{folder / name} has {size} bytes, its manifest says {entry.bytes}")
-    except OSError as error:
-        raise DamagedError(f"{error.filename} cannot be read: {error.strerror}") from error
-    return files
-
-
-def folder_name(iteration: int) -> str:
-    """What the folder of a checkpoint is called, here and there."""
-    return f"iteration-{iteration:08d}"
 
 
 class RemoteFolder:
@@ -134,7 +73,7 @@ class RemoteFolder:
         try:
             stores.within(seconds, self._probe)
         except Exception as error:
-            raise ConfigError(f"checkpoint.remote={self.address}: {cause_of(error)}; {self._advice(error)}") from error
+            raise ConfigError(f"checkpoint.remote={self.address}: {cause_of(error)}; {self.advice(error)}") from error
 
     def list_whole(self) -> list[int]:
         """Iterations of the whole checkpoints there, in rising order.
@@ -238,6 +177,23 @@ class RemoteFolder:
         partial.replace(path)
         return True
 
+    def advice(self, error: Exception) -> str:
+        """What to do about `error`, in words."""
+        if isinstance(error, DamagedError):
+            return "delete that checkpoint there to go on from an older one"
+        endpoint = stores.endpoint_of(self.__dict__.get("_store"))
+        status = stores.status_of(error)
+        if status == 404:
+            return f"make the bucket {self._bucket}, or correct its name"
+        if is_refused(error):
+            return (
+                f"check {CREDENTIALS[self._scheme]}; the account must be allowed to read, write, list and delete "
+                f"below {self.address}"
+            )
+        if status is None and endpoint and not isinstance(error, RemoteError):
+            return f"nothing useful answers at {endpoint}: check S3_ENDPOINT_URL and the network"
+        return f"check that the store is well, and {CREDENTIALS[self._scheme]}"
+
     def _name(self, relative: str) -> str:
         return f"{self._prefix}/{relative}"
 
@@ -295,12 +251,12 @@ class RemoteFolder:
                 where = f"{self.address}/{what}"
                 if isinstance(error, OSError) and error.errno in _LOCAL:
                     raise RemoteError(
-                        f"{where} cannot be written to {error.filename or 'the disk'}: {error.strerror}; make room there"
+                        f"{where} cannot be written to {error.filename or 'disk'}: {error.strerror}; make room there"
                     ) from error
                 if is_refused(error) or attempt == READ_TRIES:
                     tries = f" ({attempt} tries)" if attempt > 1 else ""
                     raise RemoteError(
-                        f"{where} cannot be fetched{tries}: {cause_of(error)}; {self._advice(error)}"
+                        f"{where} cannot be fetched{tries}: {cause_of(error)}; {self.advice(error)}"
                     ) from error
                 log.debug("%s: %s; trying again", where, cause_of(error))
             time.sleep(self._retry_seconds * 2 ** (attempt - 1))
@@ -326,19 +282,3 @@ class RemoteFolder:
             self.prunes = False
         if not self.prunes:
             log.warning("objects in %s cannot be deleted; old checkpoints will stay there", self.address)
-
-    def _advice(self, error: Exception) -> str:
-        if isinstance(error, DamagedError):
-            return "delete that checkpoint there to go on from an older one"
-        endpoint = stores.endpoint_of(self.__dict__.get("_store"))
-        status = stores.status_of(error)
-        if status == 404:
-            return f"make the bucket {self._bucket}, or correct its name"
-        if is_refused(error):
-            return (
-                f"check {CREDENTIALS[self._scheme]}; the account must be allowed to read, write, list and delete "
-                f"below {self.address}"
-            )
-        if status is None and endpoint and not isinstance(error, RemoteError):
-            return f"nothing useful answers at {endpoint}: check S3_ENDPOINT_URL and the network"
-        return f"check that the store is well, and {CREDENTIALS[self._scheme]}"

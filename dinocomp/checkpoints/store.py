@@ -136,7 +136,7 @@ def endpoint_of(store: ObjectStore | None) -> str:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that a store answered with, or None if it did not answer. Knows S3's, Google's and OCI's errors."""
+    """The HTTP status that a store answered with (S3's, Google's or OCI's), or None if it did not answer."""
     for link in _chain(error):
         response = getattr(link, "response", None)
         if isinstance(response, dict):

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from dinocomp.checkpoints.remote import DamagedError, RemoteFolder, folder_name, iteration_of, read_manifest
+from dinocomp.checkpoints.manifest import DamagedError, folder_name, iteration_of, read_manifest
+from dinocomp.checkpoints.remote import RemoteFolder
 from dinocomp.checkpoints.store import cause_of, is_refused
 
 log = logging.getLogger(__name__)
