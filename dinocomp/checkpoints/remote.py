@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -18,7 +18,7 @@ from composer.utils import ObjectStore
 
 from dinocomp.checkpoints import store as stores
 from dinocomp.checkpoints.manifest import MANIFEST, DamagedError, Entry, folder_name, parse_manifest, read_manifest
-from dinocomp.checkpoints.store import CREDENTIALS, RemoteError, cause_of, is_missing, is_refused
+from dinocomp.checkpoints.store import CREDENTIALS, RemoteError, cause_of, is_refused
 from dinocomp.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -81,15 +81,25 @@ class RemoteFolder:
         Raises:
             RemoteError: the store does not answer, or refuses.
         """
-        return sorted(iteration for iteration, names in self._listing().items() if MANIFEST in names)
+        listing = self._patiently(self.listing, FOLDER)
+        return sorted(iteration for iteration, names in listing.items() if MANIFEST in names)
 
-    def list_partial(self) -> list[int]:
-        """Iterations of which there are some files, but not a whole checkpoint, in rising order."""
-        return sorted(iteration for iteration, names in self._listing().items() if MANIFEST not in names)
+    def listing(self) -> dict[int, set[str]]:
+        """Names of the files of each checkpoint there, whole or not, by iteration. Other objects are none of ours.
+
+        Raises:
+            Exception: what the store's library raises; nothing is tried again.
+        """
+        start = self._name(f"{FOLDER}/iteration-")
+        found: dict[int, set[str]] = {}
+        for name in stores.list_names(self._store, start):
+            if match := re.fullmatch(r"(\d{8,})/(.+)", name[len(start) :]):
+                found.setdefault(int(match[1]), set()).add(match[2])
+        return found
 
     def holds(self, folder: Path) -> bool:
         """Whether the very checkpoint in the local `folder` is there, whole. One of another content is not."""
-        there = self._read(self._name(f"{FOLDER}/{folder.name}/{MANIFEST}"))
+        there = self._read(f"{FOLDER}/{folder.name}/{MANIFEST}")
         return there == (folder / MANIFEST).read_bytes()
 
     def upload(self, folder: Path) -> None:
@@ -135,7 +145,7 @@ class RemoteFolder:
         base = f"{FOLDER}/{final.name}"
         if final.exists():
             raise RemoteError(f"{final} is there already; remove it to fetch the one of {self.address}")
-        text = self._patiently(lambda: self._read(self._name(f"{base}/{MANIFEST}")), f"{base}/{MANIFEST}")
+        text = self._patiently(lambda: self._read(f"{base}/{MANIFEST}"), f"{base}/{MANIFEST}")
         if text is None:
             raise RemoteError(f"{self.address} has no whole checkpoint of iteration {iteration}")
         files = parse_manifest(text, f"{self.address}/{base}/{MANIFEST}")
@@ -153,9 +163,13 @@ class RemoteFolder:
         return final
 
     def delete(self, iteration: int) -> None:
-        """Delete a checkpoint, whole or not: the manifest first, so that nobody sees half of one."""
+        """Delete a checkpoint, whole or not: the manifest first, so that nobody sees half of one.
+
+        Raises:
+            Exception: what the store's library raises; nothing is tried again.
+        """
         base = f"{FOLDER}/{folder_name(iteration)}"
-        names = self._listing().get(iteration, set())
+        names = self.listing().get(iteration, set())
         for name in sorted(names, key=lambda name: name != MANIFEST):
             stores.delete_object(self._store, self._name(f"{base}/{name}"))
 
@@ -169,7 +183,7 @@ class RemoteFolder:
         Raises:
             RemoteError: it cannot be fetched.
         """
-        content = self._patiently(lambda: self._read(self._name(name)), name)
+        content = self._patiently(lambda: self._read(name), name)
         if content is None:
             return False
         partial = path.with_name(f".partial-{path.name}")
@@ -181,31 +195,19 @@ class RemoteFolder:
         """What to do about `error`, in words."""
         if isinstance(error, DamagedError):
             return "delete that checkpoint there to go on from an older one"
-        endpoint = stores.endpoint_of(self.__dict__.get("_store"))
-        status = stores.status_of(error)
-        if status == 404:
+        if stores.status_of(error) == 404:
             return f"make the bucket {self._bucket}, or correct its name"
         if is_refused(error):
             return (
                 f"check {CREDENTIALS[self._scheme]}; the account must be allowed to read, write, list and delete "
                 f"below {self.address}"
             )
-        if status is None and endpoint and not isinstance(error, RemoteError):
-            return f"nothing useful answers at {endpoint}: check S3_ENDPOINT_URL and the network"
+        if self._scheme == "s3" and stores.is_silent(error):
+            return f"nothing useful answers at {stores.s3_endpoint()}: check S3_ENDPOINT_URL and the network"
         return f"check that the store is well, and {CREDENTIALS[self._scheme]}"
 
     def _name(self, relative: str) -> str:
         return f"{self._prefix}/{relative}"
-
-    def _listing(self) -> Mapping[int, set[str]]:
-        """Names of the files of each checkpoint there, by iteration. Other objects are none of ours."""
-        start = self._name(f"{FOLDER}/iteration-")
-        names = self._patiently(lambda: stores.list_names(self._store, start), FOLDER)
-        found: dict[int, set[str]] = {}
-        for name in names:
-            if match := re.fullmatch(r"(\d{8,})/(.+)", name[len(start) :]):
-                found.setdefault(int(match[1]), set()).add(match[2])
-        return found
 
     def _put(self, path: Path, name: str, size: int) -> None:
         self._store.upload_object(name, str(path.absolute()))
@@ -226,17 +228,8 @@ class RemoteFolder:
         if digest.hexdigest() != entry.xxh64:
             raise DamagedError(f"its xxh64 is {digest.hexdigest()}, its manifest says {entry.xxh64}")
 
-    def _read(self, name: str) -> bytes | None:
-        """What a small object holds, or None if there is no such object."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "object")
-            try:
-                self._store.download_object(name, str(path))
-            except Exception as error:
-                if is_missing(error):
-                    return None
-                raise
-            return path.read_bytes()
+    def _read(self, relative: str) -> bytes | None:
+        return stores.read_object(self._store, self._name(relative))
 
     def _patiently(self, function: Callable[[], T], what: str) -> T:
         """What `function` gives, tried again when the store stumbles.
@@ -269,7 +262,7 @@ class RemoteFolder:
             path.write_bytes(token)
             self._store.upload_object(name, str(path))
         stores.list_names(self._store, name)
-        there = self._read(name)
+        there = self._read(PROBE)
         if there != token:
             raise RemoteError(f"what was written to {name} is not what is read there")
         self.prunes = stores.can_delete(self._store)

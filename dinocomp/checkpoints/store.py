@@ -2,8 +2,10 @@
 
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from composer.utils import (
@@ -28,6 +30,7 @@ CREDENTIALS = {
     "azure": "AZURE_ACCOUNT_NAME and AZURE_ACCOUNT_ACCESS_KEY",
 }
 CONNECT_SECONDS = 5
+RETRY_SECONDS = 0.5
 PART_BYTES = 32 << 20
 
 
@@ -70,24 +73,34 @@ def open_store(address: str, answer_seconds: float) -> ObjectStore:
     client: dict[str, Any] = {
         "connect_timeout": CONNECT_SECONDS,
         "read_timeout": answer_seconds,
-        "retries": {"mode": "standard", "total_max_attempts": 2},
+        "retries": {"mode": "standard", "total_max_attempts": 1},  # `_second_try` makes it two
         "tcp_keepalive": True,
     }
     transfer = {"use_threads": False, "multipart_chunksize": PART_BYTES, "preferred_transfer_client": "classic"}
-    if scheme == "s3":
-        return S3ObjectStore(bucket, client_config=client, transfer_config=transfer)
+    account: dict[str, str] = {}
     if scheme == "gs" and "GCS_KEY" in os.environ and "GCS_SECRET" in os.environ:
+        account = {
+            "region_name": "auto",
+            "endpoint_url": "https://storage.googleapis.com",
+            "aws_access_key_id": os.environ["GCS_KEY"],
+            "aws_secret_access_key": os.environ["GCS_SECRET"],
+        }
         client["request_checksum_calculation"] = "when_required"  # Google's S3 dialect refuses boto's newer ones
-        return S3ObjectStore(
-            bucket,
-            region_name="auto",
-            endpoint_url="https://storage.googleapis.com",
-            aws_access_key_id=os.environ["GCS_KEY"],
-            aws_secret_access_key=os.environ["GCS_SECRET"],
-            client_config=client,
-            transfer_config=transfer,
-        )
-    return cast(ObjectStore, maybe_create_object_store_from_uri(address))
+    elif scheme != "s3":
+        return cast(ObjectStore, maybe_create_object_store_from_uri(address))
+    store = S3ObjectStore(bucket, client_config=client, transfer_config=transfer, **account)
+    store.client.meta.events.register("needs-retry.s3", _second_try)
+    return store
+
+
+def _second_try(response: tuple | None, attempts: int, caught_exception: Exception | None, **_: Any) -> float | None:
+    """Tells boto to repeat a request or a part of a large file once, after so many seconds.
+
+    boto's own retries draw from Python's global random numbers, so that a server's hiccup would change the state that
+    the training saves.
+    """
+    stumbled = response is not None and (response[0].status_code == 429 or response[0].status_code >= 500)
+    return RETRY_SECONDS if attempts == 1 and (stumbled or is_silent(caught_exception)) else None
 
 
 def list_names(store: ObjectStore, prefix: str) -> list[str]:
@@ -96,6 +109,21 @@ def list_names(store: ObjectStore, prefix: str) -> list[str]:
         pages = store.client.get_paginator("list_objects_v2").paginate(Bucket=store.bucket, Prefix=prefix)
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
     return store.list_objects(prefix)
+
+
+def read_object(store: ObjectStore, name: str) -> bytes | None:
+    """What the small object `name` holds, or None if there is none."""
+    try:
+        if isinstance(store, S3ObjectStore):  # Composer's names its temporary file with global random numbers
+            return store.client.get_object(Bucket=store.bucket, Key=name)["Body"].read()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "object")
+            store.download_object(name, str(path))
+            return path.read_bytes()
+    except Exception as error:
+        if is_missing(error):
+            return None
+        raise
 
 
 def size_of(store: ObjectStore, name: str) -> int:
@@ -130,12 +158,12 @@ def delete_object(store: ObjectStore, name: str) -> None:
             raise
 
 
-def endpoint_of(store: ObjectStore | None) -> str:
-    """Where `store` is asked, for messages; '' if it is not known."""
-    return store.client.meta.endpoint_url if isinstance(store, S3ObjectStore) else ""
+def s3_endpoint() -> str:
+    """Where S3 is asked, for messages."""
+    return os.environ.get("S3_ENDPOINT_URL") or "Amazon S3"
 
 
-def status_of(error: BaseException) -> int | None:
+def status_of(error: BaseException | None) -> int | None:
     """The HTTP status that a store answered with (S3's, Google's or OCI's), or None if it did not answer."""
     for link in _chain(error):
         response = getattr(link, "response", None)
@@ -150,6 +178,8 @@ def status_of(error: BaseException) -> int | None:
 
 def is_missing(error: BaseException) -> bool:
     """Whether `error` says that an object is not there. Composer says so of a 403, too."""
+    if "NoSuchBucket" in cause_of(error):  # an S3 code, with the same status
+        return False
     return status_of(error) == 404 or (isinstance(error, FileNotFoundError) and status_of(error) is None)
 
 
@@ -160,6 +190,15 @@ def is_refused(error: BaseException) -> bool:
     if any(isinstance(link, (NoCredentialsError, PartialCredentialsError)) for link in _chain(error)):
         return True
     return status_of(error) in (401, 403, 404)
+
+
+def is_silent(error: BaseException | None) -> bool:
+    """Whether nobody answered, or hung up half-way."""
+    from botocore.exceptions import ConnectionError as BotoConnectionError
+    from botocore.exceptions import HTTPClientError
+
+    kinds = (BotoConnectionError, HTTPClientError, ConnectionError, TimeoutError)
+    return status_of(error) is None and any(isinstance(link, kinds) for link in _chain(error))
 
 
 def cause_of(error: BaseException) -> str:
@@ -199,9 +238,9 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     return value
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """`error` and what it came from. boto's transfer errors keep only the text of the store's answer themselves."""
-    link: BaseException | None = error
+    link = error
     while link is not None:
         yield link
         link = link.__cause__ or link.__context__

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from dinocomp.checkpoints.manifest import DamagedError, folder_name, iteration_of, read_manifest
+from dinocomp.checkpoints.manifest import MANIFEST, DamagedError, folder_name, iteration_of, read_manifest
 from dinocomp.checkpoints.remote import RemoteFolder
 from dinocomp.checkpoints.store import cause_of, is_refused
 
@@ -59,6 +59,7 @@ class Uploads:
         self._ending = False  # nothing comes after what is queued
         self._stopped = False
         self._finished = False
+        self._unpruned = 0  # failures to prune, in a row
         self._prune_warned = False
         threading.Thread(target=self._work, name="uploads", daemon=True).start()
 
@@ -92,7 +93,7 @@ class Uploads:
     def finish(self, timeout: float) -> list[str]:
         """Wait until all is copied, the run's files as they are now included, or `timeout` seconds are over.
 
-        Nothing is tried any more afterwards.
+        Nothing more is begun afterwards; what is being tried at that moment may still come through.
 
         Returns:
             What is missing there, each with the reason; empty if nothing is.
@@ -196,18 +197,20 @@ class Uploads:
         if not self._remote.prunes:
             return
         try:
-            old = self._expired([iteration for iteration in self._remote.list_whole() if iteration <= newest])
+            there = {i: names for i, names in self._remote.listing().items() if i <= newest}
+            whole = sorted(iteration for iteration, names in there.items() if MANIFEST in names)
             queued = self.pending
-            halves = self._remote.list_partial()
-            old = [*old, *(half for half in halves if half < newest and folder_name(half) not in queued)]
-            for iteration in old:
+            halves = [i for i in there if i not in whole and folder_name(i) not in queued]
+            for iteration in (*self._expired(whole), *halves):
                 self._remote.delete(iteration)
         except Exception as error:
-            if not self._prune_warned:
+            # Once may be the beginning of an outage, of which the next copy tells.
+            self._unpruned += 1
+            if not self._prune_warned and (is_refused(error) or self._unpruned > 1):
                 log.warning(
-                    "old checkpoints in %s cannot be deleted: %s. They are tried again after each copy",
+                    "old checkpoints in %s cannot be deleted: %s. It is tried again after each copy",
                     *(self._remote.address, cause_of(error)),
                 )
-            self._prune_warned = True
+                self._prune_warned = True
         else:
-            self._prune_warned = False
+            self._unpruned, self._prune_warned = 0, False

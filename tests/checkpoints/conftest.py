@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import xxhash
 
+from dinocomp.checkpoints import store
+from dinocomp.checkpoints.remote import RemoteFolder
 from tests.checkpoints.proxy import Proxy
 
 _numbers = itertools.count()
@@ -75,6 +77,16 @@ class Bucket:
 
     def get(self, name: str) -> bytes:
         return self.client.get_object(Bucket=self.name, Key=name)["Body"].read()
+
+
+def halves(remote: RemoteFolder) -> list[int]:
+    """Iterations of which there are some files, but not a whole checkpoint."""
+    return [iteration for iteration, names in remote.listing().items() if "manifest.json" not in names]
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="session")
