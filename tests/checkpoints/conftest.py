@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import xxhash
 
@@ -118,13 +119,18 @@ def proxy(s3_port: int, credentials: None, monkeypatch: pytest.MonkeyPatch) -> I
     proxy.down()
 
 
-@pytest.fixture
-def bucket(s3_port: int, proxy: Proxy) -> Bucket:
-    import boto3
+@pytest.fixture(scope="session")
+def client(s3_port: int) -> Any:
+    """A way to the server past the proxy."""
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    return boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3_port}", **keys)
 
+
+@pytest.fixture
+def bucket(s3_port: int, client: Any, proxy: Proxy) -> Bucket:
     name = f"bucket-{next(_numbers)}"
     make_bucket(s3_port, name)
-    return Bucket(name, boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3_port}"))
+    return Bucket(name, client)
 
 
 @pytest.fixture
