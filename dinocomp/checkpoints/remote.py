@@ -169,9 +169,18 @@ class RemoteFolder:
             Exception: what the store's library raises; nothing is tried again.
         """
         base = f"{FOLDER}/{folder_name(iteration)}"
+        self._sent.clear()
         names = self.listing().get(iteration, set())
         for name in sorted(names, key=lambda name: name != MANIFEST):
             stores.delete_object(self._store, self._name(f"{base}/{name}"))
+
+    def abort_parts(self) -> None:
+        """Throw away what killed processes sent of large files. Nothing may be on its way there.
+
+        Raises:
+            Exception: what the store's library raises; nothing is tried again.
+        """
+        stores.abort_parts(self._store, self._name(f"{FOLDER}/iteration-"))
 
     def upload_file(self, path: Path, name: str) -> None:
         """Copy one small file of the run to `name` below the address; it may be growing."""

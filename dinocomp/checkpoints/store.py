@@ -158,9 +158,21 @@ def delete_object(store: ObjectStore, name: str) -> None:
             raise
 
 
+def abort_parts(store: ObjectStore, prefix: str) -> None:
+    """Throw away the parts of large files whose upload to a name that starts with `prefix` a killed process left.
+
+    They are in no listing, but take room that is paid for. No upload to such a name may be under way.
+    """
+    if isinstance(store, S3ObjectStore):
+        pages = store.client.get_paginator("list_multipart_uploads").paginate(Bucket=store.bucket, Prefix=prefix)
+        for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
+            store.client.abort_multipart_upload(Bucket=store.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
 def s3_endpoint() -> str:
     """Where S3 is asked, for messages."""
-    return os.environ.get("S3_ENDPOINT_URL") or "Amazon S3"
+    names = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # Composer's, then boto's own
+    return next((os.environ[name] for name in names if name in os.environ), "Amazon S3")
 
 
 def status_of(error: BaseException | None) -> int | None:

@@ -61,6 +61,7 @@ class Uploads:
         self._finished = False
         self._unpruned = 0  # failures to prune, in a row
         self._prune_warned = False
+        self._swept = False  # whether parts that killed processes left have been thrown away
         threading.Thread(target=self._work, name="uploads", daemon=True).start()
 
     @property
@@ -197,6 +198,9 @@ class Uploads:
         if not self._remote.prunes:
             return
         try:
+            if not self._swept:
+                self._remote.abort_parts()
+                self._swept = True
             there = {i: names for i, names in self._remote.listing().items() if i <= newest}
             whole = sorted(iteration for iteration, names in there.items() if MANIFEST in names)
             queued = self.pending

@@ -147,6 +147,17 @@ class TestUpload:
         assert remote.list_whole() == [4]
         assert len([path for method, path in proxy.requests if method == "PUT" and "checkpoint.pt" in path]) == 1
 
+    def test_half_that_was_deleted_in_between_is_sent_again(
+        self, remote: RemoteFolder, proxy: Proxy, write: Callable[..., Path], tmp_path: Path
+    ):
+        folder = write(4)
+        proxy.inject("PUT", "teacher.safetensors", answer=(500, "InternalError"), times=2)
+        with pytest.raises(Exception, match="InternalError"):
+            remote.upload(folder)
+        remote.delete(4)
+        remote.upload(folder)
+        assert same(remote.download(4, tmp_path), folder)
+
     def test_slower_than_the_limit_fails_instead_of_hanging(
         self, bucket: Bucket, proxy: Proxy, write: Callable[..., Path]
     ):

@@ -245,6 +245,15 @@ class TestPrune:
         assert again.finish(20) == []
         assert remote.list_whole() == [100, 102, 103]
 
+    def test_parts_that_a_killed_process_left(self, start, remote, bucket: Bucket, write):
+        for name in ("runs/a/checkpoints/iteration-00000004/checkpoint.pt", "runs/b/checkpoint.pt"):
+            bucket.client.create_multipart_upload(Bucket=bucket.name, Key=name)
+        uploads = start()
+        uploads.add(write(8))
+        assert uploads.finish(20) == []
+        left = bucket.client.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
+        assert [upload["Key"] for upload in left] == ["runs/b/checkpoint.pt"]
+
     def test_newer_ones_of_another_past_neither_count_nor_go(self, start, remote, write):
         for iteration in (901, 902, 903):
             remote.upload(write(iteration))
