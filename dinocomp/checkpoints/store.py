@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -219,6 +220,7 @@ def cause_of(error: BaseException) -> str:
 
     said = [link for link in _chain(error) if isinstance(link, ClientError)]
     text = " ".join(str(said[0] if said else error).split())
+    text = re.sub(r" \(reached max retries: \d+\)", "", text)  # boto's, not ours
     return text.rstrip(".") or type(error).__name__
 
 

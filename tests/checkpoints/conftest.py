@@ -23,6 +23,7 @@ from dinocomp.checkpoints.remote import RemoteFolder
 from tests.checkpoints.proxy import Proxy
 
 _numbers = itertools.count()
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever HTTP_PROXY says
 
 
 def unused_port() -> int:
@@ -41,7 +42,7 @@ def serving(**environment: str) -> Iterator[int]:
     try:
         for _ in range(300):
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5).close()
+                _direct.open(f"http://127.0.0.1:{port}/moto-api/", timeout=5).close()
                 break
             except OSError:
                 time.sleep(0.1)
@@ -55,7 +56,7 @@ def serving(**environment: str) -> Iterator[int]:
 
 def make_bucket(port: int, name: str) -> None:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/{name}", method="PUT")
-    urllib.request.urlopen(request, timeout=10).close()
+    _direct.open(request, timeout=10).close()
 
 
 @dataclass
@@ -101,6 +102,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Some, and none of the user's."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     nothing = tmp_path / "no-such-file"
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(nothing))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(nothing))
