@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dinocomp.checkpoints.folder import STATE, name_of
+from dinocomp.checkpoints.folder import STATE
+from dinocomp.checkpoints.manifest import folder_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,7 +66,7 @@ def metrics(output: Path) -> list[dict]:
 
 def load_checkpoint(output: Path, iteration: int) -> dict:
     """What Composer saved of a run."""
-    path = output / "checkpoints" / name_of(iteration) / STATE
+    path = output / "checkpoints" / folder_name(iteration) / STATE
     return torch.load(path, map_location="cpu", weights_only=False)
 
 

@@ -13,15 +13,14 @@ import pytest
 import torch
 
 from dinocomp.checkpoints.folder import (
-    MANIFEST,
     STATE,
     begin,
     discard,
     find_fault,
-    iteration_of,
     list_checkpoints,
     publish,
 )
+from dinocomp.checkpoints.manifest import MANIFEST, iteration_of
 from dinocomp.checkpoints.plain import check_state, only_plain_types
 from dinocomp.errors import WeightsError
 from dinocomp.train import main
@@ -201,7 +200,7 @@ def test_no_whole_checkpoint_is_no_silent_start_from_scratch(
         (path / STATE).write_bytes(b"")
     assert main(command(output)) == 2
     said = capsys.readouterr().err
-    assert "no checkpoint is whole" in said and "has 0 bytes of" in said and "train.output_dir" in said
+    assert "no checkpoint is whole" in said and "has 0 bytes, its manifest says" in said and "train.output_dir" in said
 
 
 class _Code:

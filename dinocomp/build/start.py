@@ -8,7 +8,7 @@ from composer.utils import dist
 
 from dinocomp.build.model import backbone_arguments
 from dinocomp.checkpoints.find import find_checkpoint
-from dinocomp.checkpoints.folder import iteration_of, world_size_of
+from dinocomp.checkpoints.manifest import iteration_of, world_size_of
 from dinocomp.config import Config, derive, load_config
 from dinocomp.config.changes import differences
 from dinocomp.errors import ConfigError

@@ -17,13 +17,13 @@ from dinocomp.checkpoints.folder import (
     TEACHER,
     begin,
     discard,
-    iteration_of,
     list_checkpoints,
     partial_of,
     publish,
     set_aside,
     sweep,
 )
+from dinocomp.checkpoints.manifest import iteration_of
 from dinocomp.errors import TrainingError
 
 log = logging.getLogger(__name__)

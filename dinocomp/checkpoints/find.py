@@ -6,7 +6,8 @@ from typing import Protocol
 
 from composer.utils import dist
 
-from dinocomp.checkpoints.folder import STATE, find_fault, iteration_of, list_checkpoints, set_aside
+from dinocomp.checkpoints.folder import STATE, find_fault, list_checkpoints, set_aside
+from dinocomp.checkpoints.manifest import iteration_of
 from dinocomp.checkpoints.plain import check_state
 from dinocomp.errors import ConfigError, DinocompError
 
@@ -88,7 +89,7 @@ def _look(folder: Path, resume: str, remote: Remote | None) -> Found:
         path = here.get(iteration)
         fault = find_fault(path) if path else ""
         if fault:
-            passed_over.append(f"{path} is passed over: {fault}")
+            passed_over.append(f"{path.name} is passed over: {fault}")
         if (fault or not path) and iteration in there:
             if path:
                 set_aside(path)

@@ -5,32 +5,27 @@ may be killed at any moment and leaves either a whole checkpoint or none. What a
 hashes tell.
 """
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import xxhash
+from dinocomp.checkpoints.manifest import (
+    MANIFEST,
+    DamagedError,
+    folder_name,
+    iteration_of,
+    read_manifest,
+    write_manifest,
+    xxh64,
+)
 
 STATE = "checkpoint.pt"  # Composer's checkpoint
 TEACHER = "teacher.safetensors"
-MANIFEST = "manifest.json"  # the other files with their sizes and hashes
 
-_FORMAT = "dinocomp-checkpoint-1"
-_NAME = re.compile(r"iteration-(\d{8,})")
+_NAME = re.compile(r"iteration-\d{8,}")
 _HIDDEN = (".partial-", ".gone-")  # being written, being deleted
-
-
-def name_of(iteration: int) -> str:
-    """Name of the checkpoint after `iteration` finished iterations."""
-    return f"iteration-{iteration:08d}"
-
-
-def iteration_of(checkpoint: Path) -> int:
-    """Finished iterations of a checkpoint, from its name."""
-    return int(_NAME.fullmatch(checkpoint.name)[1])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -53,7 +48,7 @@ def expired(iterations: Sequence[int], max_to_keep: int, milestone: int) -> list
 
 def partial_of(folder: Path, iteration: int) -> Path:
     """The hidden folder in which a checkpoint is written."""
-    return folder / f".partial-{name_of(iteration)}"
+    return folder / f".partial-{folder_name(iteration)}"
 
 
 def begin(folder: Path, iteration: int) -> Path:
@@ -70,18 +65,11 @@ def publish(partial: Path, world_size: int = 1) -> Path:
     Args:
         world_size: of the processes that trained it.
     """
-    name = partial.name.removeprefix(".partial-")
+    final = partial.with_name(partial.name.removeprefix(".partial-"))
     files = sorted(partial.iterdir())
-    manifest = {
-        "format": _FORMAT,
-        "iteration": int(_NAME.fullmatch(name)[1]),
-        "world_size": world_size,
-        "files": {path.name: {"bytes": path.stat().st_size, "xxh64": _hash(path)} for path in files},
-    }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    write_manifest(partial, files, iteration=iteration_of(final), world_size=world_size)
     for path in (*files, partial / MANIFEST, partial):
         _to_disk(path)
-    final = partial.with_name(name)
     if final.exists():
         discard(final)
     partial.rename(final)
@@ -89,43 +77,16 @@ def publish(partial: Path, world_size: int = 1) -> Path:
     return final
 
 
-def files_of(checkpoint: Path) -> dict[str, dict]:
-    """The files of a checkpoint: name -> {"bytes", "xxh64"}.
-
-    Raises:
-        ValueError: there is no such list, or it is damaged.
-    """
-    try:
-        content = json.loads((checkpoint / MANIFEST).read_text())
-        written_by, files = content["format"], content["files"]
-        files = {name: {"bytes": int(file["bytes"]), "xxh64": str(file["xxh64"])} for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} is missing or damaged ({type(error).__name__})") from error
-    if written_by != _FORMAT:
-        raise ValueError(f"{MANIFEST} is of another format, {written_by!r}")
-    return files
-
-
-def world_size_of(checkpoint: Path) -> int:
-    """Processes that trained a checkpoint that is whole."""
-    return int(json.loads((checkpoint / MANIFEST).read_text())["world_size"])
-
-
 def find_fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint's files, in words; "" if they are as they were written. Reads all of them."""
     try:
-        files = files_of(checkpoint)
-    except ValueError as error:
+        files = read_manifest(checkpoint)
+    except DamagedError as error:
         return str(error)
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (size := path.stat().st_size) != expected["bytes"]:
-            return f"{name} has {size} bytes of {expected['bytes']}"
-        if _hash(path) != expected["xxh64"]:
-            return f"{name} is not what was written (its hash differs)"
-    return "" if STATE in files else f"{STATE} is missing"
+    for name, entry in files.items():
+        if xxh64(checkpoint / name) != entry.xxh64:
+            return f"{checkpoint / name} is not what was written (its hash differs)"
+    return "" if STATE in files else f"{checkpoint / STATE} is missing"
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -150,14 +111,6 @@ def sweep(folder: Path) -> None:
     for prefix in _HIDDEN:
         for path in folder.glob(f"{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _to_disk(path: Path) -> None:

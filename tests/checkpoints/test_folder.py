@@ -47,14 +47,14 @@ def test_a_whole_one_has_no_fault_and_may_be_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda path: (path / STATE).write_bytes(b"weigh"), "checkpoint.pt has 5 bytes of 7"),
+        (lambda path: (path / STATE).write_bytes(b"weigh"), "checkpoint.pt has 5 bytes, its manifest says 7"),
         (lambda path: (path / STATE).write_bytes(b"weightz"), "checkpoint.pt is not what was written"),
-        (lambda path: (path / STATE).unlink(), "checkpoint.pt is missing"),
-        (lambda path: (path / "teacher.safetensors").unlink(), "teacher.safetensors is missing"),
-        (lambda path: (path / MANIFEST).unlink(), "manifest.json is missing or damaged"),
-        (lambda path: (path / MANIFEST).write_text("{"), "manifest.json is missing or damaged"),
-        (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is missing or damaged"),
-        (lambda path: (path / MANIFEST).write_text('{"format": "x", "files": {}}'), "another format"),
+        (lambda path: (path / STATE).unlink(), "checkpoint.pt cannot be read: No such file"),
+        (lambda path: (path / "teacher.safetensors").unlink(), "teacher.safetensors cannot be read"),
+        (lambda path: (path / MANIFEST).unlink(), "manifest.json cannot be read"),
+        (lambda path: (path / MANIFEST).write_text("{"), "manifest.json is damaged"),
+        (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is damaged"),
+        (lambda path: (path / MANIFEST).write_text('{"format": "x", "files": {}}'), "has the format 'x'"),
         (
             lambda path: (path / MANIFEST).write_text('{"format": "dinocomp-checkpoint-1", "files": {}}'),
             "checkpoint.pt is missing",

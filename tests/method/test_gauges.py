@@ -28,7 +28,13 @@ def test_spread_of_features() -> None:
     assert feature_std(torch.randn(64)[None]) == pytest.approx(0, abs=1e-4), "one image has no spread"
 
 
-HEALTHY = {"feature_std": 0.6, "entropy_dino": 3.0, "prototypes_dino": 60.0, "entropy_ibot": 2.0, "prototypes_ibot": 9.0}
+HEALTHY = {
+    "feature_std": 0.6,
+    "entropy_dino": 3.0,
+    "prototypes_dino": 60.0,
+    "entropy_ibot": 2.0,
+    "prototypes_ibot": 9.0,
+}
 
 
 @pytest.mark.parametrize(
