@@ -46,9 +46,6 @@ def _unflag(words: Sequence[str]) -> tuple[list[str], list[str]]:
     rest = list(words)
     while rest:
         word = rest.pop(0)
-        if word in ("-h", "--help"):
-            problems.append(HELP)
-            continue
         if not word.startswith("-") or word == "-":
             kept.append(word)
             continue

@@ -46,14 +46,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         with torch.serialization.safe_globals(_PLAIN):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, LookupError, ValueError, TypeError, AttributeError) as error:  # as for any text
         raise WeightsError(
             f"{path} is no file of weights, or holds more than tensors and plain values, which could run code when it "
             "is loaded. Save its state_dict alone (torch.save(model.state_dict(), ...)), or give a .safetensors file."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise WeightsError(
-            f"{path} is damaged or cut short ({path.stat().st_size} bytes); copy it again ({error})"
+            f"{path} is damaged or cut short ({path.stat().st_size} bytes); copy it again ({str(error) or 'empty'})"
         ) from error
     for key in ("state", "model", "teacher", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
