@@ -28,6 +28,8 @@ _FLAGS: dict[str, tuple[bool, str]] = {
     "max-to-keep": (True, "checkpoint.max_to_keep={}"),
     "no-resume": (False, "train.output_dir=A_NEW_FOLDER (a folder that holds a run is gone on with)"),
 }
+# Flags that the launcher reads when they stand before the script.
+_LAUNCHER = ("n", "nproc", "world_size", "base_rank", "node_rank", "master_addr", "master_port", "stdout", "stderr")
 
 
 @dataclass
@@ -60,6 +62,14 @@ def _unflag(words: Sequence[str]) -> tuple[list[str], list[str]]:
             )
         elif instead:
             problems.append(f"{word}: type {instead.format(value)}")
+        elif name in _LAUNCHER:
+            if not equals:
+                value = rest.pop(0) if rest else "VALUE"
+            flag = word.partition("=")[0]
+            problems.append(
+                f"{word}: a flag of composer, which goes before the script; type "
+                f"composer {flag} {value} dinocomp/train.py YAML ..."
+            )
         elif name in ("eval-only", "eval_only", "eval"):
             problems.append(
                 f"{word}: there is nothing to dump; the teacher is written as teacher.safetensors while training"
