@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,9 @@ def join_processes(gpu: bool, timeout_seconds: float = 1800) -> None:
         ConfigError: the port is taken, the others cannot be reached, or the launcher's variables are incomplete.
     """
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    # A rank that waits for rank 0 does not come back to Python, where Composer's handler of SIGTERM would run: when
+    # another rank has failed, the launcher would wait 30 s for it. Nothing has been begun, so it may simply die.
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         dist.initialize_dist(get_device("gpu" if gpu else "cpu"), timeout=timeout_seconds)
     except (torch.distributed.DistError, ValueError) as error:
@@ -89,6 +93,8 @@ def join_processes(gpu: bool, timeout_seconds: float = 1800) -> None:
             f"the processes cannot reach each other at {place}: {reason}. Check that the command runs on every machine "
             "with the same --master_addr and --master_port, and that a firewall lets them through; then start again."
         ) from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def check_start(config: Config) -> Start:

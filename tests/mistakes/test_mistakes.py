@@ -8,6 +8,8 @@ commands of `dinocomp`. What lies in the folder they are typed in is in conftest
 import os
 import shlex
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from dinocomp.build import start
 from dinocomp.errors import ConfigError
 from dinocomp.train import main
 
-from ..helpers import launch
+from ..helpers import ROOT, launch
 from .conftest import photos
 
 ROWS = [
@@ -345,15 +347,23 @@ def test_folders_without_permission(place: Path, capsys: pytest.CaptureFixture[s
     assert status == 2 and "permission" in message.lower() and "Traceback" not in message
 
 
-def test_a_port_in_use(place: Path) -> None:
-    """Through the launcher, as it is typed."""
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_port_in_use(place: Path, launched: bool) -> None:
+    """As rank 0 meets it, and through the launcher, where the other rank must not be waited for."""
+    words = [str(place / "tiny.yaml"), f"train.dataset_path={place}/photos", f"train.output_dir={place}/elsewhere"]
     with socket.socket() as listener:
         listener.bind(("", 0))
         listener.listen()
-        port = listener.getsockname()[1]
-        words = [str(place / "tiny.yaml"), f"train.dataset_path={place}/photos", f"train.output_dir={place}/elsewhere"]
-        done = launch(*words, processes=2, flags=("--master_port", str(port)))
-    assert done.returncode != 0
+        port = str(listener.getsockname()[1])
+        if launched:
+            done = launch(*words, processes=2, flags=("--master_port", port))
+            assert "exited with code -9" not in done.stderr
+        else:
+            rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
+            environment = os.environ | rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            command = [sys.executable, "dinocomp/train.py", *words]
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
     assert f"{port} is in use" in done.stderr and "Leave --master_port out" in done.stderr
     assert "Traceback" not in done.stderr and not (place / "elsewhere").exists()
 
