@@ -166,6 +166,14 @@ def _check_loggers(config: Config) -> None:
                 f"loggers.{key} is on, but the package {key} is not installed. Type pip install 'dinocomp[{key}]' "
                 f"(in a checkout: pip install -e '.[{key}]'), or leave loggers.{key} out."
             )
+    if config.loggers.wandb and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        if not wandb.api.api_key:
+            raise ConfigError(
+                f"loggers.wandb={config.loggers.wandb}, but there is no key to log in with. Type `wandb login` once, set "
+                "WANDB_API_KEY, or set WANDB_MODE=offline to keep the records here."
+            )
 
 
 def _check_output(output: Path, dataset_path: str) -> None:

@@ -125,7 +125,7 @@ class Train:
     dataset_path: str = key(
         "ImageNet:split=TRAIN", "training images: shards, remote, image folder, ImageNet:… string or digits"
     )
-    output_dir: str = key(".", "folder for everything the run writes")
+    output_dir: str = key(".", "folder for everything the run writes (new, empty, or of a run to go on with)")
     saveckp_freq: int = key(
         20, "checkpoint period of the reference, never read there", no_longer="the period is checkpoint.save_frequency"
     )

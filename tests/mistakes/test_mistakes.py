@@ -337,6 +337,16 @@ def test_a_logger_that_is_not_installed(
     assert not (place / "out").exists()
 
 
+def test_wandb_without_a_key(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    before = snapshot(place)
+    status, message = told("train tiny.yaml loggers.wandb=project", capsys)
+    assert status == 2 and "loggers.wandb=project" in message and "wandb login" in message
+    assert snapshot(place) == before
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read everywhere")
 def test_folders_without_permission(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "locked").mkdir(mode=0o500)
