@@ -171,8 +171,8 @@ def _check_loggers(config: Config) -> None:
 
         if not wandb.api.api_key:
             raise ConfigError(
-                f"loggers.wandb={config.loggers.wandb}, but there is no key to log in with. Type `wandb login` once, set "
-                "WANDB_API_KEY, or set WANDB_MODE=offline to keep the records here."
+                f"loggers.wandb={config.loggers.wandb}, but there is no key to log in with. Type `wandb login` once, "
+                "set WANDB_API_KEY, or set WANDB_MODE=offline to keep the records here."
             )
 
 
