@@ -4,16 +4,25 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 from dinocomp.errors import DataError, DinocompError
+from dinocomp.hints import nearest
+
+_FLAGS = ("--world-size", "--full", "--workers", "--max-size", "--compression", "--strict", "--val-fraction", "--debug")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 images refused by `convert --strict`, 2 a mistake to mend."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command is not _plan:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    flags = [word for word in rest if word.startswith("-")] if arguments.command is _plan else rest
+    close = nearest(flags[0].partition("=")[0], _FLAGS, 1) if flags else []
+    if rest and (arguments.command is not _plan or close):
+        parser.error(
+            f"unrecognized arguments: {' '.join(rest)}."
+            + (f" Did you mean {close[0]}?" if close else " `dinocomp COMMAND --help` lists what there is.")
+        )
     if arguments.command is _plan:
         arguments.overrides += rest
     try:
@@ -71,6 +80,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(arguments: argparse.Namespace) -> None:
     from dinocomp.data.convert import convert  # imports streaming, which the other commands do without
+
+    for name in (arguments.src, arguments.dst):
+        if "://" in name:
+            raise DataError(
+                f"{name}: images are converted from and to local folders. Convert to one, and copy that to the store "
+                "(aws s3 cp --recursive FOLDER s3://bucket/path, and the like)"
+            )
+    src, dst = (Path(name).expanduser().resolve() for name in (arguments.src, arguments.dst))
+    if src.is_dir() and src in (dst, *dst.parents):
+        raise DataError(
+            f"{arguments.dst} lies in {arguments.src}, and shards among the images would change what that folder is "
+            f"taken for. Give a folder beside it, such as {arguments.src.rstrip('/')}-shards"
+        )
 
     report = convert(
         arguments.src,

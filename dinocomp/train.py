@@ -29,6 +29,11 @@ def main(arguments: Sequence[str]) -> int:
     # Imported here, for `python dinocomp/train.py` must first make way for other packages' names (see the end).
     from dinocomp.errors import DinocompError, TrainingError
 
+    if {"-h", "--help"} & set(arguments):
+        from dinocomp.config.overrides import HELP
+
+        print(HELP)
+        return 0
     try:
         return train([word for word in arguments if word != "--debug"])
     except DinocompError as error:
@@ -51,15 +56,15 @@ def train(arguments: Sequence[str]) -> int:
 
     loaded = load_config(*split_arguments(arguments))  # before the slow imports, so that a slip shows at once
 
-    from composer.utils import dist, get_device
+    from composer.utils import dist
 
-    from dinocomp.build import build_run, check_start, on_gpu
+    from dinocomp.build import build_run, check_start, join_processes, on_gpu
     from dinocomp.output import keep_config, open_output
 
     gpu = on_gpu(loaded.config)
     if not gpu:
         _share_cores()
-    dist.initialize_dist(get_device("gpu" if gpu else "cpu"), timeout=1800)
+    join_processes(gpu)
     start = check_start(loaded.config)
     first = dist.get_global_rank() == 0
     if not first:

@@ -226,5 +226,5 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
 def test_missing_weights_are_a_message(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     nothing = yaml_of_nothing(tmp_path)
     assert main([nothing, *words(tmp_path / "run", MODEL__WEIGHTS="nowhere.pt")]) == 2
-    assert "no file of weights at nowhere.pt" in capsys.readouterr().err
+    assert "MODEL.WEIGHTS=nowhere.pt: nowhere.pt does not exist" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

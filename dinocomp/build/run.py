@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from dinocomp.build.data import build_loader
 from dinocomp.build.model import backbone_arguments, build_model
 from dinocomp.build.optim import build_optimizer, build_schedules
-from dinocomp.build.start import Start
+from dinocomp.build.start import Start, check_enough
 from dinocomp.callbacks import (
     ApplySchedules,
     Checkpoints,
@@ -66,6 +66,7 @@ def build_run(config: Config, start: Start) -> Run:
     cache = config.data.cache_dir
     images = open_images(config.train.dataset_path, split="train", cache_dir=cache)
     log.info("training images: %s (%d)", images.path, len(images))
+    check_enough(config, len(images))  # of a remote it was not known, of a folder some images may be unreadable
     for advice in warnings(config, dist.get_world_size(), len(images)):
         log.warning("warning: %s -> %s", advice.what, advice.remedy)
     pair = evaluation_pair(

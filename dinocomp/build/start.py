@@ -1,19 +1,27 @@
-"""What can be known, and refused, before images are read or files written."""
+"""What can be known, and refused, before images are converted or files written."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from composer.utils import dist
 
-from dinocomp.build.model import backbone_arguments
+from dinocomp.build.machine import check_attention, check_loggers, on_gpu
+from dinocomp.build.model import backbone_arguments, build_networks
 from dinocomp.checkpoints.find import find_checkpoint
+from dinocomp.checkpoints.folder import STATE
 from dinocomp.checkpoints.manifest import iteration_of, world_size_of
 from dinocomp.config import Config, derive, load_config
 from dinocomp.config.changes import differences
-from dinocomp.errors import ConfigError
-from dinocomp.interop import check_file, read_iteration
-from dinocomp.output import CONFIG
+from dinocomp.data import check_images
+from dinocomp.errors import ConfigError, WeightsError
+from dinocomp.hints import missing, obstacle
+from dinocomp.interop import load_backbone, load_run, read_iteration
+from dinocomp.output import CONFIG, LOG
+
+_OF_A_RUN = (LOG, "checkpoints")  # what every run writes first, and what is worth going on from
+_BESIDE = (".yaml", ".yml", ".sh", ".txt", ".md", ".log", ".out", ".err")  # what people put beside a run
 
 
 @dataclass(frozen=True)
@@ -38,36 +46,25 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def on_gpu(config: Config) -> bool:
-    """Whether the run trains on GPUs.
-
-    Raises:
-        ConfigError: GPUs are asked for and there are none.
-    """
-    available = torch.cuda.is_available()
-    if config.train.device == "gpu" and not available:
-        raise ConfigError(
-            "train.device=gpu, but torch sees no CUDA device on this machine. Type train.device=cpu to train on the "
-            "CPU, or mend the driver (see `nvidia-smi`) or install a CUDA build of torch (see torch.version.cuda)."
-        )
-    return available and config.train.device != "cpu"
-
-
 def check_start(config: Config) -> Start:
-    """Everything that can be refused before images are read or files written. The process group must be up.
+    """Everything that can be refused before images are converted or files written. The process group must be up.
+
+    What is known at once comes first, reading weights and listing images last.
 
     Raises:
-        DinocompError: the machine, the output folder or a file of weights does not go with the configuration.
+        DinocompError: the machine, the output folder, the images or a file of weights do not go with the configuration.
     """
     gpu, output = on_gpu(config), Path(config.train.output_dir).expanduser()
     precision = derive.precision(config, gpu)
+    check_attention(config, gpu)
+    check_loggers(config)
+    _check_output(output, config.train.dataset_path)
     found = find_checkpoint(output / "checkpoints", config.checkpoint.resume)
     checkpoint = found.checkpoint
     iteration = iteration_of(checkpoint) if checkpoint else 0
     changed, notes = [], list(found.passed_over)
     if checkpoint is None:
-        for path in filter(None, (config.MODEL.WEIGHTS, config.student.pretrained_weights)):
-            check_file(path)
+        _check_weights(config)
         if config.MODEL.WEIGHTS and config.MODEL.KEEP_ITERATION:
             iteration = _iteration_to_keep(config)
     elif (output / CONFIG).is_file():
@@ -79,12 +76,109 @@ def check_start(config: Config) -> Start:
                 f"{checkpoint} holds other networks: {'; '.join(networks)}. "
                 f"Give another train.output_dir, or the settings of {output / CONFIG}."
             )
+    count = check_images(
+        config.train.dataset_path,
+        config.evaluation.train_dataset_path,
+        config.evaluation.val_dataset_path,
+        config.data.cache_dir,
+    )
+    if count is not None:
+        check_enough(config, count)
     if checkpoint and (before := world_size_of(checkpoint)) != (now := dist.get_world_size()):
         notes.append(
             f"processes were {before}, are {now} (images, crops and masks are the same as long as "
             "train.batch_size_per_gpu times processes is; what is drawn on a process, such as drop path, is another)"
         )
     return Start(gpu, precision, output, checkpoint, iteration, tuple(changed), tuple(notes))
+
+
+def check_enough(config: Config, images: int) -> None:
+    """Refuses fewer images than one iteration takes: a batch would hold some of them twice.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    processes = dist.get_world_size()
+    needed = derive.images_per_iteration(config, processes)
+    if images < needed:
+        fitting = images // processes
+        remedy = f"type train.batch_size_per_gpu={fitting}" if fitting else f"start no more than {images} process(es)"
+        raise ConfigError(
+            f"train.dataset_path={config.train.dataset_path} has {images} image(s), fewer than the {needed} of one "
+            f"iteration (train.batch_size_per_gpu={config.train.batch_size_per_gpu} on each of {processes} "
+            f"process(es)); {remedy}, or give more images"
+        )
+
+
+def _check_output(output: Path, dataset_path: str) -> None:
+    """A run gets a folder of its own: an empty one, a new one, or that of the run it goes on with."""
+    if reason := obstacle(output):
+        raise ConfigError(f"train.output_dir={output} cannot be written to: {reason}; give another folder")
+    images = Path(dataset_path.removeprefix("file://")).expanduser()
+    here = output.resolve()
+    if dataset_path and images.is_dir() and images.resolve() in (here, *here.parents):
+        raise ConfigError(
+            f"train.output_dir={output} lies in train.dataset_path={dataset_path}, whose folder is read again at every "
+            "start: pictures of the run would become images to train on. Type train.output_dir=output/NAME"
+        )
+    if not output.is_dir() or any((output / name).exists() for name in _OF_A_RUN):
+        return
+    others = sorted(
+        path.name
+        for path in output.iterdir()
+        if path.name[0] != "." and path.suffix not in _BESIDE and path.name != "lost+found"
+    )
+    if others:
+        shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        raise ConfigError(
+            f"train.output_dir={output} holds other things ({shown}), among which a run would scatter its files. "
+            f"Give it a folder of its own: train.output_dir={output / 'NAME'}"
+        )
+
+
+def _check_weights(config: Config) -> None:
+    """Reads the files to start from into networks without memory: whatever is wrong with them shows as it would later.
+
+    Raises:
+        WeightsError: naming the key.
+    """
+    named = {"MODEL.WEIGHTS": config.MODEL.WEIGHTS, "student.pretrained_weights": config.student.pretrained_weights}
+    for key, path in named.items():
+        if path:
+            _check_path(key, path)
+    for key, path in named.items():
+        if not path:
+            continue
+        with torch.device("meta"):
+            student, teacher = build_networks(config), build_networks(config)
+        try:
+            with warnings.catch_warnings():  # that nothing is copied into them
+                warnings.simplefilter("ignore")
+                if key == "MODEL.WEIGHTS":
+                    parts = [
+                        {n: net for n, net in vars(nets).items() if net is not None} for nets in (student, teacher)
+                    ]
+                    load_run(*parts, {}, path)
+                else:
+                    load_backbone(student.backbone, path)
+        except WeightsError as error:
+            raise WeightsError(f"{key}: {error}") from error
+
+
+def _check_path(key: str, text: str) -> None:
+    path = Path(text).expanduser()
+    if path.is_file() or (path / STATE).is_file():
+        return
+    if "://" in text:
+        what = "weights are read from a file. Download it and give its path"
+    elif path.is_dir():
+        inside = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.pt*"))
+        what = f"this is a folder; give a file, such as {key}={inside[0] if inside else path / 'teacher.safetensors'}"
+    elif path.parent == Path("."):
+        what = f"{missing(path)} Weights have no names here; give the path of a .safetensors, .pt or .pth file"
+    else:
+        what = f"{missing(path)} Give the path of a .safetensors, .pt or .pth file"
+    raise WeightsError(f"{key}={text}: {what}")
 
 
 def _iteration_to_keep(config: Config) -> int:

@@ -54,14 +54,14 @@ def load_plain(path: Path, *, mmap: bool = False) -> Any:
     try:
         with only_plain_types():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, LookupError, ValueError, TypeError, AttributeError) as error:  # as for any text
         raise WeightsError(
             f"{path} is no file of weights, or holds more than tensors and plain values, which could run code when it "
             "is loaded. Save its state_dict alone (torch.save(model.state_dict(), ...)), or give a .safetensors file."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise WeightsError(
-            f"{path} is damaged or cut short ({path.stat().st_size} bytes); copy it again ({error})"
+            f"{path} is damaged or cut short ({path.stat().st_size} bytes); copy it again ({str(error) or 'empty'})"
         ) from error
 
 

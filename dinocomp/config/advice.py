@@ -114,11 +114,12 @@ def _schedules(config: Config, world_size: int) -> Iterator[Advice]:
             f"type teacher.warmup_teacher_temp_epochs={epochs * 3 // 10}",
         )
     momentum = config.teacher.momentum_teacher
+    lower = round(max(1 - 20 / iterations, 0.5), 3)
     if momentum < 1 and 1 / (1 - momentum) > iterations / 4:
         yield Advice(
             f"teacher.momentum_teacher={momentum:g} averages over {1 / (1 - momentum):,.0f} iterations of a run of "
             f"{iterations:,}: the teacher stays near its random start",
-            f"type teacher.momentum_teacher={max(1 - 20 / iterations, 0):.3f}, or train longer",
+            "train longer" + (f", or type teacher.momentum_teacher={lower:g}" if lower < momentum else ""),
         )
     if momentum == 1:
         yield Advice(

@@ -1,11 +1,14 @@
 """Settings that cannot work together, each with what to change. What merely works badly is in advice.py."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dinocomp.config.derive import architecture, global_patches
 from dinocomp.config.schema import Config
 from dinocomp.errors import ConfigError
+
+_ADDRESS = r"\w[\w+.-]*://."
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Problem:
 
 def problems(config: Config) -> list[Problem]:
     """Every impossible combination in a configuration whose single values are all in range."""
-    return [*_network(config), *_losses(config), *_masks(config), *_lengths(config), *_crops(config), *_device(config)]
+    parts = (_network, _losses, _masks, _lengths, _crops, _device, _places)
+    return [problem for part in parts for problem in part(config)]
 
 
 def _network(config: Config) -> Iterator[Problem]:
@@ -32,6 +36,12 @@ def _network(config: Config) -> Iterator[Problem]:
                 ("student.arch", "student.embed_dim", "student.num_heads"),
                 f"the width {size.embed_dim} does not divide into {size.num_heads} attention heads; "
                 f"change student.num_heads or student.embed_dim (64 a head is usual)",
+            )
+        elif config.performance.attention == "xformers" and size.embed_dim // size.num_heads % 8:
+            yield Problem(
+                ("performance.attention", "student.embed_dim", "student.num_heads"),
+                f"xformers needs heads whose width is a multiple of 8, not {size.embed_dim // size.num_heads}; "
+                "type performance.attention=sdpa",
             )
     patch = config.student.patch_size
     sides = {"crops.global_crops_size": config.crops.global_crops_size}
@@ -114,3 +124,25 @@ def _device(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("performance.attention", "train.device"), "xformers needs a GPU; type performance.attention=sdpa"
         )
+
+
+def _places(config: Config) -> Iterator[Problem]:
+    """What the text of an address or a size shows; whether anything is there is looked at later."""
+    output, remote, limit = config.train.output_dir, config.checkpoint.remote, config.data.cache_limit
+    if not output.strip():
+        yield Problem(("train.output_dir",), "a run needs a folder to write to; type train.output_dir=output/NAME")
+    elif re.match(_ADDRESS, output):
+        yield Problem(
+            ("train.output_dir",),
+            f"a run writes to a local folder; type train.output_dir=output/NAME checkpoint.remote={output} "
+            "to have its checkpoints copied there",
+        )
+    if remote and not re.match(_ADDRESS, remote):
+        guess = re.sub(r"^(\w+):/?", r"\1://", remote) if re.match(r"^\w+:", remote) else "s3://bucket/run"
+        yield Problem(
+            ("checkpoint.remote",),
+            f"not an address in an object store; type checkpoint.remote={guess}, or '' for none "
+            "(local checkpoints are in train.output_dir)",
+        )
+    if limit and not re.fullmatch(r"\d+(\.\d+)?\s*([kmgtpe]?b)", limit.strip().lower()):
+        yield Problem(("data.cache_limit",), "not a size; type data.cache_limit=500gb (b, kb, mb, gb or tb), or ''")

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dinocomp.config.files import did_you_mean
 from dinocomp.config.schema import Config, Student
 from dinocomp.errors import ConfigError
+from dinocomp.hints import did_you_mean
 
 # arch -> (token width, blocks, attention heads); Vision Transformer sizes S, B, L and DINOv2's giant2.
 ARCHITECTURES: dict[str, tuple[int, int, int]] = {

@@ -1,31 +1,9 @@
 """Where shipped runs (yamls/) and recipes (recipes/) are, and which of their files a typed name means."""
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 
 from dinocomp.errors import ConfigError
-
-
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known names most like `name`, best first; of dotted names the last part alone may be what is alike."""
-
-    def likeness(other: str) -> float:
-        short, leaf = name.rpartition(".")[2].lower(), other.rpartition(".")[2].lower()
-        whole = difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
-        part = 1.0 if short == leaf else 0.9 if len(short) > 3 and short in leaf else 0.0
-        return max(whole, 0.95 * part, 0.9 * difflib.SequenceMatcher(None, short, leaf).ratio())
-
-    scores = {other: likeness(other) for other in known}
-    best = max(scores.values(), default=0.0)
-    alike = [other for other, score in scores.items() if score >= max(0.65, best - 0.1)]
-    return sorted(alike, key=lambda other: -scores[other])[:count]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest known names, or nothing."""
-    names = nearest(name, known)
-    return f" Did you mean {' or '.join(names)}?" if names else ""
+from dinocomp.hints import did_you_mean
 
 
 def shipped(folder: str) -> dict[str, Path]:
@@ -54,10 +32,15 @@ def find(name: str, folder: str) -> tuple[Path, str]:
     stem = path.name.removesuffix(".yaml").removesuffix(".yml")
     if stem in known and str(path.parent) in (".", folder):
         return known[stem], f"{folder}/{stem}.yaml"
-    kind = folder.removesuffix("s")
-    listing = ", ".join(known)
+    kind, other = {"yamls": ("run", "recipes"), "recipes": ("recipe", "yamls")}[folder]
+    if path.is_dir():
+        instead = f"the images of a run are train.dataset_path={name}" if kind == "run" else "a recipe is a YAML file"
+        raise ConfigError(f"{name}: this is a folder, not the YAML of a {kind}; {instead}.")
+    if stem in shipped(other):
+        what = f"a recipe; type YAML recipes=[{stem}]" if kind == "run" else f"a run; name it as the first word, {stem}"
+        raise ConfigError(f"{name}: this is the name of {what}.")
     raise ConfigError(
-        f"{name}: no such file, and no {kind} of that name.{did_you_mean(stem, known)} Shipped: {listing}."
+        f"{name}: no such file, and no {kind} of that name.{did_you_mean(stem, known)} Shipped: {', '.join(known)}."
     )
 
 

@@ -83,6 +83,13 @@ def _inner(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
+def item_type(annotation: Any) -> tuple[Any, bool]:
+    """What a value or each of its items is: `int | None` -> (int, False), `tuple[int, ...]` -> (int, True)."""
+    inner, _ = _inner(annotation)
+    items = typing.get_args(inner)
+    return (items[0], True) if items else (inner, False)
+
+
 _TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 
 
@@ -127,7 +134,8 @@ def range_text(spec: Key) -> str:
     if spec.choices:
         return "one of " + ", ".join(spec.choices)
     words = {"at least": spec.minimum, "above": spec.above, "at most": spec.maximum, "below": spec.below}
-    return ", ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+    shown = {word: f"{bound:g}" if isinstance(bound, float) else str(bound) for word, bound in words.items()}
+    return ", ".join(f"{word} {shown[word]}" for word, bound in words.items() if bound is not None)
 
 
 def out_of_range(spec: Key, value: Any) -> bool:

@@ -1,6 +1,7 @@
 """One checked `Config` from defaults <- YAML <- recipes <- command line, each laid over the one before."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinocomp.config import checks
-from dinocomp.config.files import did_you_mean, find, nearest
+from dinocomp.config.files import find
 from dinocomp.config.keys import Key, convert, out_of_range, range_text, walk
 from dinocomp.config.overrides import Words, parse
+from dinocomp.config.remedies import choice_hint, suggest_key, type_hint, unresolved
 from dinocomp.config.schema import Config
 from dinocomp.errors import ConfigError
 
@@ -58,7 +60,7 @@ def load_config(yaml: str | None, overrides: Sequence[str] = ()) -> LoadedConfig
     recipes: list[str] = []
     if yaml is not None:
         recipes += merge.add_run(yaml)
-    words = parse(overrides)
+    words = parse(overrides, all_keys())
     recipes += merge.recipe_names(words.recipes, COMMAND_LINE)
     for name in recipes:
         merge.add_recipe(name)
@@ -78,11 +80,18 @@ def read_yaml(path: Path, label: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         loaded = OmegaConf.create(text)
         tree = OmegaConf.to_container(loaded, resolve=False)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{label}: cannot be read as text: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{label}: cannot be read as text: byte {error.start + 1} is not UTF-8. Save the file as UTF-8 text."
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{label}: cannot be read: {error.strerror}. Check its permissions.") from error
     except pyyaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{label}{line}: {error.problem or error.context}. Mend the YAML there.") from error
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        tab = mark is not None and "\t" in (text.splitlines()[mark.line : mark.line + 1] or [""])[0]
+        mend = "There is a tab; indent with spaces." if tab else "Mend the YAML there."
+        raise ConfigError(f"{label}{line}: {error.problem or error.context}. {mend}") from error
     except (pyyaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{label}: not a configuration: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):
@@ -129,6 +138,10 @@ class _Merge:
         return names
 
     def add_recipe(self, name: str) -> None:
+        parts = re.split(r"[,\s]+", name.strip(", "))
+        if len(parts) > 1 and not Path(name).expanduser().exists():
+            self.problems.append(f"recipes = {name!r}: several go in brackets; type recipes=[{','.join(parts)}]")
+            return
         try:
             path, label = find(name, "recipes")
             tree = read_yaml(path, label)
@@ -144,10 +157,6 @@ class _Merge:
 
     def add_words(self, words: Words) -> None:
         for name, value in words.values.items():
-            spec = all_keys().get(name)
-            # On a command line nobody quotes twice: a folder called 2024 is a name, and nothing at all is ''.
-            if spec is not None and spec.annotation is str and (type(value) in (int, float) or words.texts[name] == ""):
-                value = words.texts[name]
             self.add(name, value, COMMAND_LINE)
 
     def add_tree(self, tree: Mapping[Any, Any], label: str) -> None:
@@ -175,11 +184,12 @@ class _Merge:
         elif is_section:
             if value is not None:
                 inside = [known for known in all_keys() if known.startswith(f"{name}.")]
+                colon = ", with a space after the colon" if isinstance(value, str) and ":" in value else ""
                 self.problems.append(
-                    f"{name} = {value!r} ({label}): {name} is a section; set a key in it, such as {inside[0]}"
+                    f"{name} = {value!r} ({label}): {name} is a section; set a key in it{colon}, such as {inside[0]}"
                 )
         else:
-            self.problems.append(f"{name} = {value!r} ({label}): no such key.{_suggest(name)}")
+            self.problems.append(f"{name} = {value!r} ({label}): no such key.{suggest_key(name, all_keys())}")
 
     def build(self) -> Config:
         """Resolve interpolations, check types, ranges and combinations; raise everything wrong at once."""
@@ -190,17 +200,15 @@ class _Merge:
             try:
                 raw = _plain(OmegaConf.select(tree, name, throw_on_resolution_failure=True, throw_on_missing=True))
             except OmegaConfBaseException as error:
-                self.problems.append(f"{name} = {self.values[name]!r} ({where}): {str(error).splitlines()[0]}")
+                self.problems.append(f"{name} = {self.values[name]!r} ({where}): {unresolved(str(error))}")
                 continue
             try:
                 values[name] = convert(raw, spec.annotation)
             except TypeError as error:
-                self.problems.append(f"{name} = {raw!r} ({where}): expected {error}{_hint(raw, spec)}")
+                self.problems.append(f"{name} = {raw!r} ({where}): expected {error}{type_hint(raw, spec)}")
                 continue
             if out_of_range(spec, values[name]):
-                self.problems.append(
-                    f"{name} = {raw!r} ({where}): expected {range_text(spec)}{_choice_hint(raw, spec)}"
-                )
+                self.problems.append(f"{name} = {raw!r} ({where}): expected {range_text(spec)}{choice_hint(raw, spec)}")
         if not self.problems:
             config = _assemble(Config(), values)
             for problem in checks.problems(config):
@@ -217,30 +225,6 @@ def _report(problems: Sequence[str]) -> str:
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems)
-
-
-def _suggest(name: str) -> str:
-    if name.lstrip("+~") in all_keys():
-        return f" Write {name.lstrip('+~')}."
-    return did_you_mean(name, all_keys()) or " `dinocomp plan YAML --full` lists every key."
-
-
-def _hint(raw: Any, spec: Key) -> str:
-    """What commonly went wrong for a value of the wrong type."""
-    if isinstance(raw, str) and spec.annotation is bool and raw.lower() in ("1", "0", "true", "false", "yes", "no"):
-        return " (without quotes)"
-    if isinstance(raw, float) and raw.is_integer() and spec.annotation is int:
-        return f"; write {int(raw)}"
-    if raw is None:
-        return "; null is not a value here" + (", '' is the empty one" if spec.annotation is str else "")
-    if spec.annotation is str:
-        return " (in quotes)"
-    return ""
-
-
-def _choice_hint(raw: Any, spec: Key) -> str:
-    names = nearest(raw, spec.choices, 1) if isinstance(raw, str) and spec.choices else []
-    return f". Did you mean {names[0]}?" if names else ""
 
 
 def _plain(value: Any) -> Any:

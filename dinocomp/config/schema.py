@@ -125,11 +125,11 @@ class Train:
     dataset_path: str = key(
         "ImageNet:split=TRAIN", "training images: shards, remote, image folder, ImageNet:… string or digits"
     )
-    output_dir: str = key(".", "folder for everything the run writes")
+    output_dir: str = key(".", "folder for everything the run writes (new, empty, or of a run to go on with)")
     saveckp_freq: int = key(
         20, "checkpoint period of the reference, never read there", no_longer="the period is checkpoint.save_frequency"
     )
-    seed: int = key(0, "seed of weights, order, crops and masks", minimum=0)
+    seed: int = key(0, "seed of weights, order, crops and masks", minimum=0, maximum=2**32 - 1)
     num_workers: int = key(10, "data worker processes for each training process", minimum=0)
     OFFICIAL_EPOCH_LENGTH: int = key(1250, "iterations in one official epoch", minimum=1)
     cache_dataset: bool = key(

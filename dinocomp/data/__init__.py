@@ -8,7 +8,7 @@ from dinocomp.data.masks import MaskSettings, batch_masks, block_mask, max_maske
 from dinocomp.data.order import TrainingOrder
 from dinocomp.data.reader import Images, Sample
 from dinocomp.data.report import Report
-from dinocomp.data.shards import count_images, ensure_shards, evaluation_pair, open_images
+from dinocomp.data.shards import check_images, count_images, ensure_shards, evaluation_pair, open_images
 from dinocomp.data.sources import find_sources
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "TrainingOrder",
     "batch_masks",
     "block_mask",
+    "check_images",
     "count_images",
     "decode_rgb",
     "ensure_shards",

@@ -95,7 +95,7 @@ def open_local(folder: Path) -> Images:
     index = read_index(folder)
     compressed = any(shard.get("zip_data") for shard in index["shards"])
     for shard in index["shards"]:
-        _check_file(folder, shard)
+        check_shard(folder, shard)
     if compressed:
         shards = _streaming(None, str(folder))
     else:
@@ -178,7 +178,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _check_file(folder: Path, shard: dict[str, Any]) -> None:
+def check_shard(folder: Path, shard: dict[str, Any]) -> None:
     """Missing shards would end an epoch early or hang a worker, so they are found before training."""
     forms = [form for form in (shard["raw_data"], shard.get("zip_data")) if form]
     sizes = {}

@@ -5,19 +5,22 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dinocomp.data.convert import convert, listing_digest, read_manifest
 from dinocomp.data.listing import DIGITS, Source
-from dinocomp.data.reader import INDEX, Images, cached_index, open_local, open_remote, read_index
+from dinocomp.data.reader import INDEX, Images, cached_index, check_shard, open_local, open_remote, read_index
+from dinocomp.data.report import MANIFEST
 from dinocomp.data.sources import SPLITS, find_sources, parse_reference
 from dinocomp.data.tars import TAR_ENDINGS
 from dinocomp.errors import DataError
+from dinocomp.hints import missing, obstacle
 
 GRAMMAR = (
     "a folder of shards, a folder with train/ and val/ shards, a remote such as s3://bucket/path, a folder of images, "
     "a .tar file, ImageNet:split=TRAIN:root=ROOT:extra=EXTRA, or digits"
 )
+STORES = ("s3", "gs", "oci", "azure", "azure-dl", "dbfs", "sftp", "hf", "alipan")  # what Streaming fetches from
 T = TypeVar("T")
 
 
@@ -89,16 +92,81 @@ def count_images(dataset_path: str, cache_dir: str = "", split: str = "train") -
     Raises:
         DataError: as `open_images`.
     """
+    return _look(dataset_path, split, cache_dir)[0]
+
+
+def check_images(dataset_path: str, train_path: str = "", val_path: str = "", cache_dir: str = "") -> int | None:
+    """Whether training data and labelled images can be what they are given as, before anything is converted or fetched.
+
+    Args:
+        dataset_path, train_path, val_path: `train.dataset_path` and those of the evaluation, as `evaluation_pair`.
+
+    Returns:
+        How many images there are to train on; None for a remote not opened before.
+
+    Raises:
+        DataError: as `open_images` and `evaluation_pair`, naming the key; or the cache cannot be written to.
+    """
+    count = None
+    for key, split, path in (
+        ("train.dataset_path", "train", dataset_path),
+        ("evaluation.train_dataset_path", "train", train_path),
+        ("evaluation.val_dataset_path", "val", val_path),
+    ):
+        if not path and key != "train.dataset_path":
+            continue
+        try:
+            images, labelled, home = _look(path, split, cache_dir)
+        except DataError as error:
+            raise DataError(f"{key if path and path in str(error) else f'{key}={path}'}: {error}") from error
+        if home and (reason := obstacle(home)):
+            raise DataError(
+                f"the images of {key}={path} have to be written to {home}, but {reason}; "
+                "type data.cache_dir=FOLDER with one that you may write to"
+            )
+        if key == "train.dataset_path":
+            count = images
+        elif labelled is False:
+            raise DataError(_UNLABELLED.format(key=key, path=path))
+    if bool(train_path) != bool(val_path):
+        _other_split("val" if train_path else "train", _family(dataset_path), cache_dir)
+    return count
+
+
+_UNLABELLED = "{key}={path} has no labels to evaluate with; set {key} to a folder with class folders"
+
+
+def _look(dataset_path: str, split: str, cache_dir: str) -> tuple[int | None, bool | None, Path | None]:
+    """(number of images, whether they have labels, folder that has yet to be written); None where it is not known."""
     address = parse(dataset_path, split, cache_dir)
     if address.remote:
         index = cached_index(address.remote, address.split, address.home)
-        return None if index is None else sum(shard["samples"] for shard in index["shards"])
+        return None if index is None else _samples(index), None, address.home
     if address.shards is not None:
-        return sum(shard["samples"] for shard in read_index(_pick(address.shards, address))["shards"])
+        folder = _pick(address.shards, address)
+        index, manifest = read_index(folder), read_manifest(folder)
+        for shard in index["shards"]:
+            check_shard(folder, shard)
+        return _samples(index), manifest["labelled"] if manifest else None, None
     sources = address.find()
-    source = _pick(sources, address)
-    manifest = read_manifest(_home(address, sources) / source.split)  # knows of unreadable images
-    return len(source.items) if manifest is None else manifest["samples"]
+    source, home = _pick(sources, address), _home(address, sources)
+    if obstacle(home):
+        return len(source.items), source.labelled, home
+    manifest = read_manifest(home / source.split)  # knows of unreadable images
+    return (
+        (len(source.items), source.labelled, home) if manifest is None else (manifest["samples"], source.labelled, None)
+    )
+
+
+def _samples(index: Mapping[str, Any]) -> int:
+    return sum(shard["samples"] for shard in index["shards"])
+
+
+def _other_split(split: str, dataset_path: str, cache_dir: str) -> None:
+    """Refuse an evaluation that has one path of its own and needs the other split of the training data in vain."""
+    if split not in _splits(dataset_path, cache_dir):
+        key = f"evaluation.{split}_dataset_path"
+        raise DataError(f"{key} is empty and {dataset_path} has no `{split}` split; set {key}=PATH")
 
 
 def evaluation_pair(
@@ -121,12 +189,12 @@ def evaluation_pair(
     pair = []
     for split, path in (("train", train_path), ("val", val_path)):
         key = f"evaluation.{split}_dataset_path"
-        if not path and split not in _splits(dataset_path, cache_dir):
-            raise DataError(f"{key} is empty and {dataset_path} has no `{split}` split; set {key}=PATH")
+        if not path:
+            _other_split(split, dataset_path, cache_dir)
         images = open_images(path, split=split, cache_dir=cache_dir) if path else None
         images = images or _open_split(dataset_path, split, cache_dir)
         if not images.labelled:
-            raise DataError(f"{images.path} has no labels to evaluate with; set {key} to a folder with class folders")
+            raise DataError(_UNLABELLED.format(key=key, path=path or images.path))
         pair.append(images)
     return pair[0], pair[1]
 
@@ -146,7 +214,7 @@ def parse(dataset_path: str, split: str = "train", cache_dir: str = "") -> Addre
     if split not in SPLITS:
         raise DataError(f"the split {split!r} is not known; use one of {', '.join(SPLITS)}")
     if not dataset_path:
-        raise DataError(f"train.dataset_path is empty; give {GRAMMAR}")
+        raise DataError(f"it is empty; give {GRAMMAR}")
     if dataset_path == DIGITS:
         return Address(DIGITS, split, find=lambda: find_sources(DIGITS), home=cache / DIGITS)
     name, colon, _ = dataset_path.partition(":")
@@ -158,11 +226,22 @@ def parse(dataset_path: str, split: str = "train", cache_dir: str = "") -> Addre
     if name == "ImageNet" and (colon or not Path(name).exists()):
         return _reference(dataset_path, cache)
     if "://" in dataset_path and not dataset_path.startswith("file://"):
+        if name not in STORES:
+            raise DataError(
+                f"{name}:// is not a store that shards are fetched from ({', '.join(STORES)}); for images on the web, "
+                "download them and give the folder"
+            )
         remote = dataset_path.rstrip("/")
         return Address(dataset_path, split, remote=remote, home=cache / "remote" / _mark(remote))
     root = Path(dataset_path.removeprefix("file://")).expanduser()
     if not root.exists():
-        raise DataError(f"train.dataset_path: {root} does not exist; give {GRAMMAR}")
+        raise DataError(f"{_absent(dataset_path, root)} Give {GRAMMAR}")
+    for folder in (root, *(root / name for name in SPLITS)):
+        if not (folder / INDEX).is_file() and ((folder / MANIFEST).is_file() or any(folder.glob("*.mds*"))):
+            raise DataError(
+                f"{folder} holds shards, but their index, {folder / INDEX}, is missing; copy it again, or delete the "
+                "folder and convert the images again"
+            )
     if (root / INDEX).is_file():
         return Address(dataset_path, split, shards={"": root})
     shards = {name: root / name for name in SPLITS if (root / name / INDEX).is_file()}
@@ -174,9 +253,20 @@ def parse(dataset_path: str, split: str = "train", cache_dir: str = "") -> Addre
             "it goes on where it stopped"
         )
     if root.is_file() and not root.name.lower().endswith(TAR_ENDINGS):
-        raise DataError(f"train.dataset_path: {root} is a file that cannot be read as a dataset; give {GRAMMAR}")
+        raise DataError(f"{root} is a file that cannot be read as a dataset; give {GRAMMAR}")
     home = cache / "converted" / f"{root.resolve().name or 'root'}-{_mark(str(root.resolve()))}"
     return Address(dataset_path, split, find=lambda: find_sources(root), home=home)
+
+
+def _absent(text: str, root: Path) -> str:
+    """What was likely meant by a path that does not exist."""
+    name, colon, rest = text.partition(":")
+    for known in (DIGITS, "ImageNet"):
+        if name.lower() == known.lower():
+            return f"{root} does not exist. Did you mean {known}{colon}{rest}?"
+    if name in STORES and colon:
+        return f"{root} does not exist. Did you mean {name}://{rest.lstrip('/')}?"
+    return missing(root)
 
 
 def _reference(text: str, cache: Path) -> Address:
@@ -196,7 +286,14 @@ def _pick(splits: Mapping[str, T], address: Address) -> T:
         return splits[address.split]
     if len(splits) == 1 and next(iter(splits)) in ("", "train") and not address.text.startswith("ImageNet"):
         return next(iter(splits.values()))
-    raise DataError(f"{address.text} has no split `{address.split}`; it has {', '.join(splits)}")
+    other = next(iter(splits))
+    if address.text.startswith("ImageNet"):
+        instead = f"type split={other.upper()}"
+    elif address.shards is not None:
+        instead = f"give {splits[other]} for it"
+    else:
+        instead = "give a folder that holds the images themselves"
+    raise DataError(f"{address.text} has no split `{address.split}`; it has {', '.join(splits)}: {instead}")
 
 
 def _splits(dataset_path: str, cache_dir: str) -> set[str]:

@@ -23,6 +23,7 @@ from dinocomp.data.listing import (
 from dinocomp.data.metadata import metadata_sources
 from dinocomp.data.tars import TAR_ENDINGS, tar_sources
 from dinocomp.errors import DataError
+from dinocomp.hints import missing
 
 SPLITS = ("train", "val", "test")
 
@@ -48,7 +49,9 @@ def parse_reference(text: str) -> tuple[str, Path, Path | None]:
         raise DataError(f"{text}: split={values['split']} is none of TRAIN, VAL, TEST; {example}")
     root = Path(values["root"]).expanduser()
     if not root.is_dir():
-        raise DataError(f"{text}: root={root} is not a folder; {example}")
+        raise DataError(
+            f"{text}: root={root} is not a folder{f': {missing(root)}' if not root.exists() else ';'} {example}"
+        )
     extra = Path(values["extra"]).expanduser() if values.get("extra") else None
     return split, root, extra
 
@@ -69,7 +72,9 @@ def find_sources(src: str | Path, extra: str | Path | None = None) -> dict[str, 
         _, src, extra = parse_reference(str(src))  # every split that is there, whichever is named
     root = Path(src).expanduser()
     if not root.exists():
-        raise DataError(f"{root} does not exist; give a folder of images, a .tar file, or `digits`")
+        raise DataError(f"{missing(root)} Give a folder of images, a .tar file, or `digits`")
+    if any((folder / "index.json").is_file() for folder in (root, root / "train", root / "val")):
+        raise DataError(f"{root} holds shards already; give it as train.dataset_path, or convert the images themselves")
     if root.is_file():
         if not root.name.lower().endswith(TAR_ENDINGS):
             raise DataError(f"{root} is a file, but not a tar file ({', '.join(TAR_ENDINGS)}); give a folder of images")
@@ -169,7 +174,7 @@ def _check(source: Source) -> None:
     if not source.items:
         endings = " ".join(sorted(IMAGE_ENDINGS))
         raise DataError(
-            f"no images found in {source.origin} (files of other kinds: {source.skipped}); "
+            f"no images found in {source.origin} (files of other kinds: {source.skipped}); give another folder: "
             f"images end in {endings}, at any depth below the folder, or lie in tar files"
         )
     twice = [key for key, count in Counter(item.key for item in source.items).items() if count > 1]

@@ -55,7 +55,8 @@ def list_tar(path: Path) -> tuple[list[tuple[str, int, int, int]], int]:
                 elif not member.isdir():
                     skipped += 1
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"the tar file {path} cannot be read: {error}; copy or download it again") from None
+        reason = str(error).partition(":\n")[0]  # of each way of unpacking that was tried, tarfile adds a line
+        raise DataError(f"the tar file {path} cannot be read: {reason}; copy or download it again") from None
     return members, skipped
 
 

@@ -32,6 +32,7 @@ def overrides(recording: Recording, folder: Path, device: str) -> list[str]:
     config["student"] = {**config.get("student", {}), "arch": "custom", **recording.meta["backbone"]}
     config["crops"] = {**config.get("crops", {}), "mean": [0.5] * 3, "std": [0.5] * 3}  # u8 / 127.5 - 1
     config["train"] = {**config.get("train", {}), "output_dir": str(folder), "device": device, "num_workers": 0}
+    config["train"]["dataset_path"] = "digits"  # never read: batches are the recording's
     config["loggers"] = {"period_iterations": 1}
     config["performance"] = {"precision": "fp32"}
     return flatten(config)
