@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from dinocomp import cli
-from dinocomp.build import start
+from dinocomp.build import machine
 from dinocomp.errors import ConfigError
 from dinocomp.train import main
 
@@ -328,7 +328,7 @@ def test_gpus_that_are_not_there(
 def test_a_logger_that_is_not_installed(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
-    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     status, message = told(f"train tiny.yaml loggers.{key}", capsys)
     package = key.partition("=")[0]
     assert (
@@ -381,9 +381,9 @@ def test_variables_of_a_launcher_that_are_incomplete(monkeypatch: pytest.MonkeyP
     def refuse(device: object, timeout: float) -> None:
         raise ValueError("Error initializing torch.distributed: environment variable MASTER_ADDR expected, but not set")
 
-    monkeypatch.setattr(start.dist, "initialize_dist", refuse)
+    monkeypatch.setattr(machine.dist, "initialize_dist", refuse)
     with pytest.raises(ConfigError, match=r"MASTER_ADDR.*Start with composer"):
-        start.join_processes(False)
+        machine.join_processes(False)
 
 
 def test_names_with_spaces_links_and_home_work(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
