@@ -14,6 +14,7 @@ from dinocomp.errors import ConfigError
 
 LOG = "train.log"
 CONFIG = "config.yaml"
+RUN_FILES = (CONFIG, "metrics.jsonl", "evaluation.jsonl", LOG)  # small, and copied with each checkpoint
 
 
 @contextmanager
@@ -73,6 +74,15 @@ class _Terminal(logging.StreamHandler):
         return clear + super().format(record)
 
 
+class _Words(logging.Formatter):
+    """Says which messages are warnings."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.levelno >= logging.WARNING:
+            record.message = f"warning: {record.message}"
+        return super().formatMessage(record)
+
+
 class _File(logging.FileHandler):
     """Says once, instead of a traceback for every line, that the disk is full."""
 
@@ -92,8 +102,9 @@ def _start_log(path: Path) -> None:
     from dinocomp import __version__
 
     to_file = _File(path)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    to_file.setFormatter(_Words("%(asctime)s %(message)s"))
     to_terminal = _Terminal(sys.stdout)
+    to_terminal.setFormatter(_Words())
     to_terminal.setLevel(logging.INFO)
     log = logging.getLogger("dinocomp")
     log.setLevel(logging.DEBUG)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dinocomp.config import LoadedConfig
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+_GRACE = 20  # seconds after a signal: the launcher ends everything after 30
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -97,6 +98,8 @@ def _say_start(loaded: "LoadedConfig", start: "Start") -> None:
 def _train(run: "Run") -> int:
     from composer.utils import dist
 
+    from dinocomp.errors import TrainingError
+
     log, start = logging.getLogger("dinocomp"), run.start
     try:
         if start.iteration >= run.iterations:
@@ -114,16 +117,43 @@ def _train(run: "Run") -> int:
                 start.output,
             )
             run.trainer.fit()
+        run.trainer.close()
+        missing = _finish_copies(run)
     finally:
         run.stop.restore()
-    run.trainer.close()
     if run.stop.requested:
         finished = int(run.trainer.state.timestamp.batch)
+        if missing:
+            log.warning("not copied to %s yet: %s", start.remote.address, "; ".join(missing))
         log.info("stopped at iteration %d of %d; the same command goes on", finished, run.iterations)
         return STOPPED
+    if missing:
+        raise TrainingError(
+            f"the run is finished, but not all of it was copied to {start.remote.address}: {'; '.join(missing)}. "
+            f"It is whole in {start.output}; give the same command again to copy the rest."
+        )
     for line in summary(run):
         log.info("%s", line)
     return 0
+
+
+def _finish_copies(run: "Run") -> list[str]:
+    """Waits, on all ranks, for what is still being copied to the object store; gives what did not get there."""
+    from composer.utils import dist
+
+    from dinocomp.distributed import any_rank
+
+    missing = []
+    if run.uploads:
+        if run.uploads.pending:
+            logging.getLogger("dinocomp").info("waiting for copies to %s", run.start.remote.address)
+        # A rank that ended earlier would have the launcher end all of them.
+        missing = run.uploads.finish(run.remote_wait, go_on=lambda: any_rank(True) and not run.stop.is_over(_GRACE))
+        any_rank(False)
+    elif dist.get_world_size() > 1:
+        while any_rank(False):
+            pass
+    return missing
 
 
 def summary(run: "Run") -> list[str]:

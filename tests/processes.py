@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
 
@@ -91,6 +92,16 @@ def limit_file_size_from(iteration: int, size: int) -> None:
 def signal_at_iteration(iteration: int, number: signal.Signals) -> None:
     """This process gets a signal while it is in an iteration (counted from 1)."""
     _at_iteration(iteration, lambda: os.kill(os.getpid(), number))
+
+
+def pause_at_iteration(iteration: int, until: Path) -> None:
+    """This process waits in an iteration (counted from 1) until there is a file."""
+
+    def wait() -> None:
+        while not until.exists():
+            time.sleep(0.02)
+
+    _at_iteration(iteration, wait)
 
 
 def hang_while_saving() -> None:

@@ -33,12 +33,14 @@ from dinocomp.callbacks import (
 from dinocomp.callbacks.evaluation import LabelledPair
 from dinocomp.checkpoints.folder import STATE, expired
 from dinocomp.checkpoints.plain import only_plain_types
+from dinocomp.checkpoints.uploads import Uploads
 from dinocomp.config import Config, derive, to_yaml
 from dinocomp.config.advice import warnings
 from dinocomp.data import evaluation_pair, open_images
 from dinocomp.errors import ConfigError
 from dinocomp.interop import save_teacher
 from dinocomp.method import DINOv2
+from dinocomp.output import RUN_FILES
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +50,21 @@ _COMPOSER_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp_fp16"}
 
 @dataclass
 class Run:
-    """A run that is ready to start. `evaluation.pair` is None where nothing is labelled."""
+    """A run that is ready to start.
+
+    `evaluation.pair` is None where nothing is labelled, `uploads` where checkpoints are not copied, or on other ranks.
+    """
 
     trainer: Trainer
     model: DINOv2
     clip: ClipGradients
     evaluation: OnlineEvaluation
     checkpoints: Checkpoints
+    uploads: Uploads | None
     stop: StopOnSignal
     iterations: int
     images_per_iteration: int
+    remote_wait: float
     start: Start
 
 
@@ -68,7 +75,7 @@ def build_run(config: Config, start: Start) -> Run:
     log.info("training images: %s (%d)", images.path, len(images))
     check_enough(config, len(images))  # of a remote it was not known, of a folder some images may be unreadable
     for advice in warnings(config, dist.get_world_size(), len(images)):
-        log.warning("warning: %s -> %s", advice.what, advice.remedy)
+        log.warning("%s -> %s", advice.what, advice.remedy)
     pair = evaluation_pair(
         config.train.dataset_path,
         config.evaluation.train_dataset_path,
@@ -125,16 +132,19 @@ def build_training(
         export_teacher=export_teacher,
         stop=stop,
     )
+    retention = partial(expired, max_to_keep=config.checkpoint.max_to_keep, milestone=derive.milestone_interval(config))
+    uploads = None
+    if start.remote:
+        uploads = Uploads(start.remote, expired=retention, run_files=[output / name for name in RUN_FILES])
     checkpoints = Checkpoints(
         output / "checkpoints",
         interval=derive.checkpoint_interval(config),
         total=iterations,
-        expired=partial(
-            expired, max_to_keep=config.checkpoint.max_to_keep, milestone=derive.milestone_interval(config)
-        ),
+        expired=retention,
         export_teacher=export_teacher,
         latest_teacher=output / "teacher.safetensors",
         stop=stop,
+        copies=uploads,
         on_failure=config.checkpoint.on_save_failure,
     )
     callbacks = [  # within an event they run in this order
@@ -187,7 +197,19 @@ def build_training(
         trainer.state.timestamp = Timestamp(
             batch=start.iteration, batch_in_epoch=start.iteration, sample=images, sample_in_epoch=images
         )
-    return Run(trainer, model, clip, evaluation, checkpoints, stop, iterations, global_batch, start)
+    return Run(
+        trainer,
+        model,
+        clip,
+        evaluation,
+        checkpoints,
+        uploads,
+        stop,
+        iterations=iterations,
+        images_per_iteration=global_batch,
+        remote_wait=config.checkpoint.remote_wait_seconds,
+        start=start,
+    )
 
 
 def build_loggers(config: Config, output: Path) -> list[LoggerDestination]:

@@ -12,10 +12,11 @@ from dinocomp.build.model import backbone_arguments, build_networks
 from dinocomp.checkpoints.find import find_checkpoint
 from dinocomp.checkpoints.folder import STATE
 from dinocomp.checkpoints.manifest import iteration_of, world_size_of
+from dinocomp.checkpoints.remote import RemoteFolder
 from dinocomp.config import Config, derive, load_config
 from dinocomp.config.changes import differences
 from dinocomp.data import check_images
-from dinocomp.errors import ConfigError, WeightsError
+from dinocomp.errors import ConfigError, DinocompError, WeightsError
 from dinocomp.hints import missing, obstacle
 from dinocomp.interop import load_backbone, load_run, read_iteration
 from dinocomp.output import CONFIG, LOG
@@ -35,6 +36,7 @@ class Start:
         iteration: finished iterations there, or those that `MODEL.KEEP_ITERATION` takes over from other weights.
         changed: for a run that goes on, a line for every key that is not what it was.
         notes: other lines on how it goes on.
+        remote: where checkpoints are copied to, on rank 0.
     """
 
     gpu: bool
@@ -44,6 +46,7 @@ class Start:
     iteration: int = 0
     changed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    remote: RemoteFolder | None = None
 
 
 def check_start(config: Config) -> Start:
@@ -59,7 +62,8 @@ def check_start(config: Config) -> Start:
     check_attention(config, gpu)
     check_loggers(config)
     _check_output(output, config.train.dataset_path)
-    found = find_checkpoint(output / "checkpoints", config.checkpoint.resume)
+    remote = _open_remote(config, output)
+    found = find_checkpoint(output / "checkpoints", config.checkpoint.resume, remote)
     checkpoint = found.checkpoint
     iteration = iteration_of(checkpoint) if checkpoint else 0
     changed, notes = [], list(found.passed_over)
@@ -89,7 +93,29 @@ def check_start(config: Config) -> Start:
             f"processes were {before}, are {now} (images, crops and masks are the same as long as "
             "train.batch_size_per_gpu times processes is; what is drawn on a process, such as drop path, is another)"
         )
-    return Start(gpu, precision, output, checkpoint, iteration, tuple(changed), tuple(notes))
+    return Start(gpu, precision, output, checkpoint, iteration, tuple(changed), tuple(notes), remote)
+
+
+def _open_remote(config: Config, output: Path) -> RemoteFolder | None:
+    """The object store for checkpoints, seen to work, on rank 0; and from there what `output` lacks of the run's files.
+
+    Raises:
+        ConfigError: on all ranks, where it does not work.
+    """
+    if not config.checkpoint.remote:
+        return None
+    outcome: list[str | None] = [None]
+    remote = None
+    if dist.get_global_rank() == 0:
+        try:
+            remote = RemoteFolder(config.checkpoint.remote)
+            remote.check()
+        except DinocompError as error:
+            outcome = [str(error)]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0]:
+        raise ConfigError(outcome[0])
+    return remote
 
 
 def check_enough(config: Config, images: int) -> None:

@@ -63,7 +63,7 @@ class SkipBadSteps(Callback):
         seen = ", ".join(f"{name} {value:.4g}" for name, value in zip((*terms, *norms), values.tolist(), strict=True))
         seen = seen if bad_here else "of another process"
         log.warning(
-            "warning: iteration %d: loss or gradient is not finite (%s): step skipped (%d so far, %d in a row)",
+            "iteration %d: loss or gradient is not finite (%s): step skipped (%d so far, %d in a row)",
             iteration,
             seen,
             self.count,

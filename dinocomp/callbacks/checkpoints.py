@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from composer import Callback, Logger, State
 from composer.utils import dist, save_checkpoint
@@ -24,22 +23,10 @@ from dinocomp.checkpoints.folder import (
     sweep,
 )
 from dinocomp.checkpoints.manifest import iteration_of
+from dinocomp.checkpoints.uploads import Uploads
 from dinocomp.errors import TrainingError
 
 log = logging.getLogger(__name__)
-
-
-class Copies(Protocol):
-    """What takes checkpoints elsewhere while training goes on."""
-
-    def add(self, checkpoint: Path) -> None:
-        """A new checkpoint is there."""
-
-    def add_missing(self, checkpoints: Sequence[Path]) -> None:
-        """These are there; an earlier process may have copied some of them."""
-
-    def withdraw(self, checkpoint: Path) -> bool:
-        """One is no longer wanted; whether it may be deleted now."""
 
 
 class Checkpoints(Callback):
@@ -71,7 +58,7 @@ class Checkpoints(Callback):
         export_teacher: Callable[[Path, int], None],
         latest_teacher: Path,
         stop: StopOnSignal,
-        copies: Copies | None = None,
+        copies: Uploads | None = None,
         on_failure: str = "raise",
     ) -> None:
         self.folder = folder
@@ -91,7 +78,7 @@ class Checkpoints(Callback):
             sweep(self.folder)
             for path in list_checkpoints(self.folder):
                 if iteration_of(path) > finished:  # damaged: resuming has passed it over
-                    log.warning("warning: the damaged checkpoint %s is now %s", path, set_aside(path).name)
+                    log.warning("the damaged checkpoint %s is now %s", path, set_aside(path).name)
             there = list_checkpoints(self.folder)
             if self.copies:
                 self.copies.add_missing(there)
@@ -115,9 +102,7 @@ class Checkpoints(Callback):
         )
         if is_last or self.on_failure == "raise":
             raise TrainingError(f"{message}; then give the same command again.")
-        log.warning(
-            "warning: %s; training goes on, and the next is due at iteration %d", message, finished + self.interval
-        )
+        log.warning("%s; training goes on, and the next is due at iteration %d", message, finished + self.interval)
 
     def _save(self, state: State, finished: int) -> str:
         """Writes a checkpoint; gives, on all ranks, why that failed, or ""."""

@@ -108,7 +108,7 @@ class Metrics(Callback):
             self.can_write = True
         except OSError as error:  # a line is not worth the run; whether checkpoints can be written is seen there
             if self.can_write:
-                log.warning("warning: %s cannot be written to (%s); its lines are lost until it can", self.path, error)
+                log.warning("%s cannot be written to (%s); its lines are lost until it can", self.path, error)
             self.can_write = False
 
     def _warn_of_collapse(self, record: dict[str, float], finished: int) -> None:
@@ -119,7 +119,7 @@ class Metrics(Callback):
         # Then again ever more rarely: at 5, 50, 500 lines.
         if self.collapsed_lines in (5 * 10**n for n in range(9)):
             log.warning(
-                "warning: iteration %d: this looks like collapse: %s -> check that teacher.teacher_temp lies below "
+                "iteration %d: this looks like collapse: %s -> check that teacher.teacher_temp lies below "
                 "dino.student_temp, lower optim.base_lr, lengthen optim.warmup_epochs, give larger batches, or type "
                 "recipes=[sinkhorn]; go on from a checkpoint before it began (see teacher/ in metrics.jsonl)",
                 finished,

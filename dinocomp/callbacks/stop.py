@@ -40,6 +40,10 @@ class StopOnSignal(Callback):
         if self.requested:
             state.stop_training()
 
+    def is_over(self, grace: float) -> bool:
+        """Whether this rank was told to stop more than `grace` seconds ago."""
+        return self.received is not None and time.monotonic() - self._since > grace
+
     def restore(self) -> None:
         """Gives the signals back to whom they were with."""
         while self._before:

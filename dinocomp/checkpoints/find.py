@@ -2,26 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from composer.utils import dist
 
 from dinocomp.checkpoints.folder import STATE, find_fault, list_checkpoints, set_aside
-from dinocomp.checkpoints.manifest import iteration_of
+from dinocomp.checkpoints.manifest import DamagedError, iteration_of
 from dinocomp.checkpoints.plain import check_state
+from dinocomp.checkpoints.remote import RemoteFolder
+from dinocomp.checkpoints.store import RemoteError
 from dinocomp.errors import ConfigError, DinocompError
-
-
-class Remote(Protocol):
-    """Checkpoints in an object store."""
-
-    address: str
-
-    def list_whole(self) -> list[int]:
-        """Iterations of the checkpoints that are whole there."""
-
-    def download(self, iteration: int, into: Path) -> Path:
-        """Fetches a checkpoint into a local folder of checkpoints."""
+from dinocomp.output import RUN_FILES
 
 
 @dataclass(frozen=True)
@@ -37,14 +27,14 @@ class Found:
     passed_over: tuple[str, ...] = ()
 
 
-def find_checkpoint(folder: Path, resume: str, remote: Remote | None = None) -> Found:
+def find_checkpoint(folder: Path, resume: str, remote: RemoteFolder | None = None) -> Found:
     """The checkpoint to go on from, the same on every rank: rank 0 looks, and fetches it where it is only remote.
 
     Args:
         folder: of the run's checkpoints; need not exist.
         resume: `auto` for the newest whole one, if there is any checkpoint; `must` to insist on one; `never` to insist
             that there is none.
-        remote: where there may be more of them.
+        remote: where there may be more of them, on rank 0.
 
     Raises:
         ConfigError: one is needed and there is none, a fresh start is asked for where there are some, all are damaged,
@@ -69,7 +59,7 @@ def find_checkpoint(folder: Path, resume: str, remote: Remote | None = None) -> 
     return found
 
 
-def _look(folder: Path, resume: str, remote: Remote | None) -> Found:
+def _look(folder: Path, resume: str, remote: RemoteFolder | None) -> Found:
     here = {iteration_of(path): path for path in list_checkpoints(folder)}
     there = set(remote.list_whole()) if remote else set()
     places = str(folder) + (f" or {remote.address}" if remote else "")
@@ -93,7 +83,10 @@ def _look(folder: Path, resume: str, remote: Remote | None) -> Found:
         if (fault or not path) and iteration in there:
             if path:
                 set_aside(path)
-            path, fault = remote.download(iteration, folder), ""
+            path, reason = _fetch(remote, iteration, folder)
+            fault = ""
+            if reason:
+                passed_over.append(reason)
         if path and not fault:
             check_state(path / STATE)
             return Found(path, tuple(passed_over))
@@ -104,3 +97,20 @@ def _look(folder: Path, resume: str, remote: Remote | None) -> Found:
             "another train.output_dir to start from scratch."
         )
     return Found(None)
+
+
+def _fetch(remote: RemoteFolder, iteration: int, folder: Path) -> tuple[Path | None, str]:
+    """A checkpoint from the object store, with the run's small files as they were then; or why it is none.
+
+    Raises:
+        RemoteError: the store does not answer or refuses: what is there is not known to be lost.
+    """
+    try:
+        path = remote.download(iteration, folder)
+    except (RemoteError, DamagedError) as error:
+        if isinstance(error, DamagedError) or isinstance(error.__cause__, DamagedError):
+            return None, f"iteration {iteration} in {remote.address} is passed over: {error}"
+        raise
+    for name in RUN_FILES:
+        remote.download_file(name, folder.parent / name)
+    return path, ""

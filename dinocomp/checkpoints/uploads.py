@@ -91,10 +91,13 @@ class Uploads:
                 self._queue.remove(folder)
             return True
 
-    def finish(self, timeout: float) -> list[str]:
+    def finish(self, timeout: float, go_on: Callable[[], bool] = lambda: True) -> list[str]:
         """Wait until all is copied, the run's files as they are now included, or `timeout` seconds are over.
 
         Nothing more is begun afterwards; what is being tried at that moment may still come through.
+
+        Args:
+            go_on: asked about once a second; the waiting ends where it says no.
 
         Returns:
             What is missing there, each with the reason; empty if nothing is.
@@ -103,7 +106,10 @@ class Uploads:
             self._ending = True
             self._failures = 0  # try at once
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._finished, timeout)
+            end = time.monotonic() + timeout
+            while go_on() and not self._changed.wait_for(lambda: self._finished, min(1, end - time.monotonic())):
+                if time.monotonic() >= end:
+                    break
             self._stopped = True
             self._changed.notify_all()
             reason = self._trouble or f"not copied within {timeout:g} s"
