@@ -96,6 +96,7 @@ def _say_start(loaded: "LoadedConfig", start: "Start") -> None:
 
 
 def _train(run: "Run") -> int:
+    import torch
     from composer.utils import dist
 
     from dinocomp.errors import TrainingError
@@ -119,6 +120,13 @@ def _train(run: "Run") -> int:
             run.trainer.fit()
         run.trainer.close()
         missing = _finish_copies(run)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        images = run.images_per_iteration // dist.get_world_size()
+        raise TrainingError(
+            f"out of memory with {images} images on each process: type train.batch_size_per_gpu={max(1, images // 2)} "
+            "(the learning rate follows the batch), fewer or smaller crops, recipes=[bf16] on a GPU, fewer "
+            f"train.num_workers where it is the machine's own memory; then give the same command again ({error})"
+        ) from error
     finally:
         run.stop.restore()
     if run.stop.requested:

@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinocomp.method import DINOv2
+from dinocomp.train import main
+
 from . import processes
 from .helpers import load_checkpoint, metrics, small_folder, weights, words, yaml_of_nothing
 
@@ -86,3 +89,16 @@ def test_odd_batches_are_finite(tmp_path: Path, changes: dict, equal_images: boo
     lines = metrics(tmp_path / "run")
     assert len(lines) == 4 and lines[-1]["bad_steps"] == 0
     assert all(value is not None for line in lines for value in line.values())
+
+
+def test_out_of_memory_is_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def loss(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(DINOv2, "loss", loss)
+    assert main([yaml_of_nothing(tmp_path), *words(tmp_path / "run")]) == 3
+    said = capsys.readouterr().err
+    assert "8 images on each process: type train.batch_size_per_gpu=4" in said and "Traceback" not in said
+    assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
