@@ -21,8 +21,8 @@ class Problem:
 
 def problems(config: Config) -> list[Problem]:
     """Every impossible combination in a configuration whose single values are all in range."""
-    parts = (_network, _losses, _masks, _lengths, _crops, _device, _places)
-    return [problem for part in parts for problem in part(config)]
+    checks = (_network, _losses, _masks, _lengths, _crops, _device, _places, _checkpoints)
+    return [problem for check in checks for problem in check(config)]
 
 
 def _network(config: Config) -> Iterator[Problem]:
@@ -146,3 +146,17 @@ def _places(config: Config) -> Iterator[Problem]:
         )
     if limit and not re.fullmatch(r"\d+(\.\d+)?\s*([kmgtpe]?b)", limit.strip().lower()):
         yield Problem(("data.cache_limit",), "not a size; type data.cache_limit=500gb (b, kb, mb, gb or tb), or ''")
+
+
+def _checkpoints(config: Config) -> Iterator[Problem]:
+    every, frequency = config.checkpoint.keep_every, config.checkpoint.save_frequency
+    if every % frequency:
+        yield Problem(
+            ("checkpoint.keep_every", "checkpoint.save_frequency"),
+            f"only some of them are ever saved; type checkpoint.keep_every={-(-every // frequency) * frequency}",
+        )
+    if config.MODEL.KEEP_ITERATION and not config.MODEL.WEIGHTS:
+        yield Problem(
+            ("MODEL.KEEP_ITERATION", "MODEL.WEIGHTS"),
+            "there are no weights whose iteration could be kept; name them as MODEL.WEIGHTS=PATH",
+        )

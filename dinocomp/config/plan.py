@@ -8,6 +8,7 @@ from dinocomp.config.derive import (
     checkpoint_interval,
     global_patches,
     images_per_iteration,
+    milestone_interval,
     passes,
     peak_learning_rate,
     precision,
@@ -15,6 +16,7 @@ from dinocomp.config.derive import (
 )
 from dinocomp.config.keys import walk
 from dinocomp.config.load import LoadedConfig, all_keys
+from dinocomp.config.schema import Config
 
 
 def describe(
@@ -108,14 +110,24 @@ def _numbers(
     rows += [(f"parameters, {name}", f"{count:,}") for name, count in parameters.items()]
     if parameters:
         rows.append(("parameters, together", f"{sum(parameters.values()):,} trained; the teacher holds as many"))
-    interval, kept = checkpoint_interval(config), config.checkpoint.max_to_keep
     period = config.evaluation.eval_period_iterations
     rows += [
-        ("checkpoints", f"every {interval:,} iterations; {f'the newest {kept} are kept' if kept else 'all are kept'}"),
+        ("checkpoints", _checkpoints_line(config, sum(parameters.values()))),
         ("k-NN evaluation", f"every {period:,} iterations" if period else "never"),
         ("output", train.output_dir),
     ]
     return rows
+
+
+def _checkpoints_line(config: Config, parameters: int) -> str:
+    kept, milestone = config.checkpoint.max_to_keep, milestone_interval(config)
+    line = f"every {checkpoint_interval(config):,} iterations"
+    if parameters:  # weights of student and teacher, and AdamW's two averages, in fp32; the teacher once more
+        line += f", {5 * 4 * parameters / 1e9:.3g} GB each"
+    line += f"; the newest {kept} are kept" if kept else "; all are kept"
+    if kept and milestone:
+        line += f", and for ever those of every {milestone:,} iterations"
+    return line + (f"; copied to {config.checkpoint.remote}" if config.checkpoint.remote else "")
 
 
 def _crops_line(loaded: LoadedConfig) -> str:

@@ -130,7 +130,7 @@ def test_plan_says_what_the_guide_works_out_by_hand(
         "precision bf16 on a GPU, fp32 on a CPU",
         "parameters, backbone 21,678,336",
         "parameters, together 45,334,016 trained; the teacher holds as many",
-        "checkpoints every 3,750 iterations; the newest 3 are kept",
+        "checkpoints every 3,750 iterations, 0.907 GB each; the newest 3 are kept",
         "k-NN evaluation every 6,250 iterations",
         "output out",
         "! 65,536 prototypes in dino_head are more than the 50,000 images",
