@@ -1,7 +1,10 @@
-"""What the losses need of the other ranks; on one process, nothing."""
+"""What the losses need of the other ranks, and what ranks agree on; on one process, nothing."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_cpu_group: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # the default group, and gloo over its ranks
 
 
 def world_size() -> int:
@@ -13,3 +16,20 @@ def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
     return x
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says so. All ranks must ask; it goes over the CPU, so that no GPU is waited for."""
+    if world_size() == 1:
+        return flag
+    said = torch.tensor(int(flag))
+    dist.all_reduce(said, op=dist.ReduceOp.MAX, group=_gloo())
+    return bool(said)
+
+
+def _gloo() -> dist.ProcessGroup:
+    global _cpu_group
+    world = dist.group.WORLD
+    if _cpu_group is None or _cpu_group[0] is not world:  # also after the default group was made anew
+        _cpu_group = (world, dist.new_group(backend="gloo"))
+    return _cpu_group[1]
