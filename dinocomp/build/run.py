@@ -13,12 +13,13 @@ from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger,
 from composer.utils import dist, reproducibility
 from torch.utils.data import DataLoader
 
-from dinocomp.build.data import build_loader
+from dinocomp.build.data import build_loader, opening, training_images
 from dinocomp.build.model import backbone_arguments, build_model
 from dinocomp.build.optim import build_optimizer, build_schedules
 from dinocomp.build.start import Start
 from dinocomp.callbacks import (
     ApplySchedules,
+    BadImages,
     Checkpoints,
     ClipGradients,
     FirstBatchPicture,
@@ -30,7 +31,7 @@ from dinocomp.callbacks import (
 from dinocomp.callbacks.evaluation import LabelledPair
 from dinocomp.config import Config, derive, to_yaml
 from dinocomp.config.advice import warnings
-from dinocomp.data import evaluation_pair, open_images
+from dinocomp.data import evaluation_pair
 from dinocomp.errors import ConfigError
 from dinocomp.interop import save_teacher
 from dinocomp.method import DINOv2
@@ -55,16 +56,14 @@ class Run:
 
 def build_run(config: Config, start: Start) -> Run:
     """Everything, in order: images, model, loader, trainer."""
-    cache = config.data.cache_dir
-    images = open_images(config.train.dataset_path, split="train", cache_dir=cache)
-    log.info("training images: %s (%d)", images.path, len(images))
+    images = training_images(config)
     for advice in warnings(config, dist.get_world_size(), len(images)):
         log.warning("warning: %s -> %s", advice.what, advice.remedy)
     pair = evaluation_pair(
         config.train.dataset_path,
         config.evaluation.train_dataset_path,
         config.evaluation.val_dataset_path,
-        cache_dir=cache,
+        **opening(config),
     )
     # The same weights on every rank; the Trainer then seeds each rank differently for what is drawn while training.
     reproducibility.seed_all(config.train.seed)
@@ -95,6 +94,7 @@ def build_training(
         )
 
     random_state = RestoreRandomState()
+    bad_images = BadImages(config.data.max_bad_images)
     clip = ClipGradients(model, config.optim.clip_grad)
     evaluation = OnlineEvaluation(
         model,
@@ -110,6 +110,7 @@ def build_training(
         num_workers=config.train.num_workers,
         timeout_seconds=config.data.timeout_seconds,
         autocast=_AUTOCAST[start.precision],
+        skip_bad=config.data.on_bad_image == "skip",
         export_teacher=export_teacher,
     )
     trainer = Trainer(
@@ -128,9 +129,18 @@ def build_training(
             random_state,
             ApplySchedules(model, schedules, multipliers),
             FirstBatchPicture(output / "pictures" / "first_batch.png"),
+            bad_images,
             clip,
             UpdateTeacher(model),
-            Metrics(model, clip, schedules, folder=output, period=config.loggers.period_iterations, total=iterations),
+            Metrics(
+                model,
+                clip,
+                schedules,
+                bad_images,
+                folder=output,
+                period=config.loggers.period_iterations,
+                total=iterations,
+            ),
             evaluation,
             Checkpoints(
                 output / "checkpoints",

@@ -1,5 +1,6 @@
 """What happens around a training step, one event a file."""
 
+from dinocomp.callbacks.bad_images import BadImages
 from dinocomp.callbacks.checkpoints import Checkpoints
 from dinocomp.callbacks.clip import ClipGradients
 from dinocomp.callbacks.evaluation import OnlineEvaluation
@@ -11,6 +12,7 @@ from dinocomp.callbacks.teacher import UpdateTeacher
 
 __all__ = [
     "ApplySchedules",
+    "BadImages",
     "Checkpoints",
     "ClipGradients",
     "FirstBatchPicture",

@@ -35,6 +35,7 @@ class OnlineEvaluation(Callback):
         at_start: evaluate the weights that the run starts from.
         resize, crop: of the evaluation view, in pixels.
         ks, temperature: see `knn_accuracy`.
+        skip_bad: whether images that cannot be decoded are left out; else they are an error.
         export_teacher: writes the teacher, of an iteration, to a path.
 
     Attributes:
@@ -57,6 +58,7 @@ class OnlineEvaluation(Callback):
         num_workers: int,
         timeout_seconds: float,
         autocast: torch.dtype | None,
+        skip_bad: bool,
         export_teacher: Callable[[Path, int], None],
     ) -> None:
         self.model = model
@@ -72,6 +74,7 @@ class OnlineEvaluation(Callback):
             "num_workers": num_workers,
             "timeout_seconds": timeout_seconds,
             "autocast": autocast,
+            "skip_bad": skip_bad,
         }
         self.export_teacher = export_teacher
         self.accuracy = _read(self.path)

@@ -15,6 +15,7 @@ import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
 
+from dinocomp.callbacks.bad_images import BadImages
 from dinocomp.callbacks.clip import ClipGradients
 from dinocomp.method import DINOv2
 from dinocomp.schedules import Schedules
@@ -31,17 +32,26 @@ class Metrics(Callback):
     one.
 
     Args:
-        model, clip, schedules: where the numbers come from.
+        model, clip, schedules, bad_images: where the numbers come from.
         period: iterations between lines; the first and the last iteration have one, too.
         total: iterations of the run.
     """
 
     def __init__(
-        self, model: DINOv2, clip: ClipGradients, schedules: Schedules, *, folder: Path, period: int, total: int
+        self,
+        model: DINOv2,
+        clip: ClipGradients,
+        schedules: Schedules,
+        bad_images: BadImages,
+        *,
+        folder: Path,
+        period: int,
+        total: int,
     ) -> None:
         self.model = model
         self.clip = clip
         self.schedules = schedules
+        self.bad_images = bad_images
         self.path = folder / "metrics.jsonl"
         self.period = period
         self.total = total
@@ -105,6 +115,7 @@ class Metrics(Callback):
             "images_per_second": (int(state.timestamp.sample) - self.window_images) / seconds,
             "seconds_per_iteration": seconds / self.window_steps,
             "data_wait": self.waited / seconds,
+            "bad_images": len(self.bad_images.met),
         }
         if state.device.name == "gpu":
             record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

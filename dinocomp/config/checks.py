@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dinocomp.config.derive import architecture, global_patches
+from dinocomp.config.derive import architecture, cache_limit, global_patches
 from dinocomp.config.schema import Config
 from dinocomp.errors import ConfigError
 
@@ -18,7 +18,15 @@ class Problem:
 
 def problems(config: Config) -> list[Problem]:
     """Every impossible combination in a configuration whose single values are all in range."""
-    return [*_network(config), *_losses(config), *_masks(config), *_lengths(config), *_crops(config), *_device(config)]
+    return [
+        *_network(config),
+        *_losses(config),
+        *_masks(config),
+        *_lengths(config),
+        *_crops(config),
+        *_device(config),
+        *_data(config),
+    ]
 
 
 def _network(config: Config) -> Iterator[Problem]:
@@ -114,3 +122,10 @@ def _device(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("performance.attention", "train.device"), "xformers needs a GPU; type performance.attention=sdpa"
         )
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    try:
+        cache_limit(config)
+    except ConfigError as error:
+        yield Problem(("data.cache_limit",), str(error))

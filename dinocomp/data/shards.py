@@ -5,11 +5,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dinocomp.data.convert import convert, listing_digest, read_manifest
+from dinocomp.data.index import INDEX, cached_index, read_index
 from dinocomp.data.listing import DIGITS, Source
-from dinocomp.data.reader import INDEX, Images, cached_index, open_local, open_remote, read_index
+from dinocomp.data.reader import Images, Keeping, open_local, open_remote
 from dinocomp.data.sources import SPLITS, find_sources, parse_reference
 from dinocomp.data.tars import TAR_ENDINGS
 from dinocomp.errors import DataError
@@ -42,7 +43,14 @@ class Address:
     home: Path = Path()
 
 
-def open_images(dataset_path: str, *, split: str = "train", cache_dir: str = "") -> Images:
+def open_images(
+    dataset_path: str,
+    *,
+    split: str = "train",
+    cache_dir: str = "",
+    cache_limit: int | None = None,
+    timeout_seconds: float = 0,
+) -> Images:
     """Open one split of a dataset, converting it first where it is not in shards yet.
 
     On several ranks all must call it: one converts, the others wait.
@@ -51,14 +59,18 @@ def open_images(dataset_path: str, *, split: str = "train", cache_dir: str = "")
         dataset_path: see `GRAMMAR`. Something with one split only is taken whatever `split` says.
         split: "train", "val" or "test"; an `ImageNet:split=…` string names its own.
         cache_dir: for converted and fetched shards; "" for $XDG_CACHE_HOME/dinocomp or ~/.cache/dinocomp.
+        cache_limit: bytes that fetched shards may take there; None for all of them.
+        timeout_seconds: how long a batch may take, and so an outage of an object store; 0 for ever.
 
     Raises:
-        DataError: nothing there, no images, damaged or missing shards, or no such split.
+        DataError: nothing there, no images, damaged or missing shards, no such split, a cache limit that is too small,
+            or a store that refuses or does not answer.
     """
     address = parse(dataset_path, split, cache_dir)
+    keeping = Keeping(cache_folder(cache_dir), cache_limit, timeout_seconds)
     if address.remote:
-        return open_remote(address.remote, address.split, address.home)
-    return open_local(Path(ensure_shards(dataset_path, cache_dir, split)))
+        return open_remote(address.remote, address.split, address.home, keeping)
+    return open_local(Path(ensure_shards(dataset_path, cache_dir, split)), keeping)
 
 
 def ensure_shards(dataset_path: str, cache_dir: str = "", split: str = "train") -> str:
@@ -102,12 +114,12 @@ def count_images(dataset_path: str, cache_dir: str = "", split: str = "train") -
 
 
 def evaluation_pair(
-    dataset_path: str, train_path: str = "", val_path: str = "", cache_dir: str = ""
+    dataset_path: str, train_path: str = "", val_path: str = "", cache_dir: str = "", **opening: Any
 ) -> tuple[Images, Images] | None:
     """Labelled images to evaluate with: (those that are searched or fitted, those that are scored).
 
     The given paths, where there are any; else the training data's own `train` and `val` (also where `dataset_path` is
-    the `train` folder beside a `val`), if both have labels; else None.
+    the `train` folder beside a `val`), if both have labels; else None. `opening` is for `open_images`.
 
     Raises:
         DataError: only one path is given and the training data have no such split, or a given path has no labels.
@@ -116,15 +128,15 @@ def evaluation_pair(
     if not train_path and not val_path:
         if not {"train", "val"} <= _splits(dataset_path, cache_dir):
             return None
-        pair = tuple(_open_split(dataset_path, split, cache_dir) for split in ("train", "val"))
+        pair = tuple(_open_split(dataset_path, split, cache_dir, **opening) for split in ("train", "val"))
         return pair if all(images.labelled for images in pair) else None
     pair = []
     for split, path in (("train", train_path), ("val", val_path)):
         key = f"evaluation.{split}_dataset_path"
         if not path and split not in _splits(dataset_path, cache_dir):
             raise DataError(f"{key} is empty and {dataset_path} has no `{split}` split; set {key}=PATH")
-        images = open_images(path, split=split, cache_dir=cache_dir) if path else None
-        images = images or _open_split(dataset_path, split, cache_dir)
+        images = open_images(path, split=split, cache_dir=cache_dir, **opening) if path else None
+        images = images or _open_split(dataset_path, split, cache_dir, **opening)
         if not images.labelled:
             raise DataError(f"{images.path} has no labels to evaluate with; set {key} to a folder with class folders")
         pair.append(images)
@@ -136,13 +148,18 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinocomp"
 
 
+def cache_folder(cache_dir: str) -> Path:
+    """What `data.cache_dir` says, or the user's cache folder."""
+    return Path(cache_dir).expanduser() if cache_dir else default_cache()
+
+
 def parse(dataset_path: str, split: str = "train", cache_dir: str = "") -> Address:
     """Understand a `dataset_path`; looks at the file system, but lists, writes and fetches nothing.
 
     Raises:
         DataError: nothing there, or not in the `GRAMMAR`.
     """
-    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+    cache = cache_folder(cache_dir)
     if split not in SPLITS:
         raise DataError(f"the split {split!r} is not known; use one of {', '.join(SPLITS)}")
     if not dataset_path:
@@ -202,7 +219,7 @@ def _pick(splits: Mapping[str, T], address: Address) -> T:
 def _splits(dataset_path: str, cache_dir: str) -> set[str]:
     address = parse(dataset_path, "train", cache_dir)
     if address.remote:
-        found = (cached_index(address.remote, name, address.home, fetch=True, exact=True) for name in ("train", "val"))
+        found = (cached_index(address.remote, name, address.home, ask=True, exact=True) for name in ("train", "val"))
         return {"train", "val"} if all(found) else {"train"}
     splits = address.shards if address.shards is not None else address.find()
     return {split or "train" for split in splits}
@@ -215,12 +232,12 @@ def _family(dataset_path: str) -> str:
     return parent if name == "train" and parent and is_split else dataset_path
 
 
-def _open_split(dataset_path: str, split: str, cache_dir: str) -> Images:
+def _open_split(dataset_path: str, split: str, cache_dir: str, **opening: Any) -> Images:
     """A split of the training data, also where they are given as `ImageNet:split=TRAIN:…`."""
     if dataset_path.startswith("ImageNet:"):
         parts = [part for part in dataset_path.split(":") if not part.startswith("split=")]
         dataset_path = ":".join([parts[0], f"split={split.upper()}", *parts[1:]])
-    return open_images(dataset_path, split=split, cache_dir=cache_dir)
+    return open_images(dataset_path, split=split, cache_dir=cache_dir, **opening)
 
 
 def _mark(text: str) -> str:
