@@ -21,7 +21,7 @@ from streaming import LocalDataset
 from streaming.base.compression import decompress
 
 from dinocomp.data.damage import damage
-from dinocomp.data.store import fetch, patiently
+from dinocomp.data.store import Downloads, patiently
 from dinocomp.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class CachedShards(LocalDataset):
     def __init__(self, source: str, folder: Path, *, space: Path, limit: int | None, patience: float) -> None:
         super().__init__(str(folder))
         self.source, self.folder, self.space, self.limit, self.patience = source, folder, space, limit, patience
+        self._downloads = Downloads(source)
         self._checked: dict[int, tuple[int, int, int]] = {}  # shard -> the file that was found whole
         self._touched: dict[int, float] = {}  # shard -> when its time of use was written last
         self.largest = max(shard.get_max_size() for shard in self.shards)
@@ -156,7 +157,7 @@ class CachedShards(LocalDataset):
                 raise DataError(f"the shard {local} is missing; copy it again or convert the images again")
             return local
         address = f"{self.source}/{name}"
-        patiently(lambda: fetch(address, target), f"the shard {address}", self.patience)
+        patiently(lambda: self._downloads.fetch(address, target), f"the shard {address}", self.patience)
         return target
 
     def _unpacked(self, path: Path, compression: str) -> bytes:

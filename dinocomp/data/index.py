@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinocomp.data.damage import damage
-from dinocomp.data.store import StoreError, fetch
+from dinocomp.data.store import Downloads, StoreError
 from dinocomp.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def fetch_json(address: str, local: Path) -> str:
         log.warning("warning: the copy %s is damaged; it is fetched again", local)
     with tempfile.TemporaryDirectory(dir=local.parent, prefix=".fetching-") as folder:
         try:
-            fetch(address, Path(folder) / local.name)
+            Downloads(address).fetch(address, Path(folder) / local.name)
         except StoreError as error:
             if error.denied:
                 return str(error)

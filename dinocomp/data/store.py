@@ -2,9 +2,11 @@
 
 import errno
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dinocomp.errors import DataError
 
@@ -30,29 +32,44 @@ class StoreError(DataError):
         self.denied = denied
 
 
-def fetch(address: str, target: Path) -> None:
-    """Fetch the file at `address` (`s3://bucket/…` and what else Streaming speaks) to `target`, in one try.
+class Downloads:
+    """Fetches files of one store. Clients are slow to make, so that one is kept; a process that was forked has its own.
 
-    A `target` that is there is written over. After a failure it may be there in part.
-
-    Raises:
-        StoreError: with the remedy.
+    Args:
+        address: of anything in the store: `s3://bucket/…`, or what else Streaming speaks.
     """
-    from streaming.base.storage.download import CloudDownloader
 
-    target.unlink(missing_ok=True)  # Streaming takes any file that is there for the wanted one
-    try:
-        CloudDownloader.direct_download(address, str(target), timeout=_READ_SECONDS)
-    except Exception as error:  # every store's client has errors of its own
-        if isinstance(error, OSError) and error.errno in _DISK:
-            raise StoreError(
-                f"{target.parent} cannot be written to: {error.strerror}; make room there, or set data.cache_limit or "
-                "data.cache_dir"
-            ) from error
-        raise _explained(address, error) from error
-    finally:
-        for left in target.parent.glob(f"{target.name}.*"):  # boto's own temporary file
-            left.unlink(missing_ok=True)
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._process, self._client = 0, None
+
+    def fetch(self, address: str, target: Path) -> None:
+        """Fetch the file at `address` to `target`, in one try. A `target` that is there is written over.
+
+        Raises:
+            StoreError: with the remedy. The file may be there in part.
+        """
+        from streaming.base.storage.download import CloudDownloader
+
+        target.unlink(missing_ok=True)  # Streaming takes any file that is there for the wanted one
+        try:
+            if self._client is None or self._process != os.getpid():
+                self._process, self._client = os.getpid(), CloudDownloader.get(self.address)
+            self._client.download(address, str(target), timeout=_READ_SECONDS)
+        except Exception as error:  # every store's client has errors of its own
+            self._client = None
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise StoreError(
+                    f"{target.parent} cannot be written to: {error.strerror}; make room there, or set data.cache_limit "
+                    "or data.cache_dir"
+                ) from error
+            raise _explained(address, error) from error
+        finally:
+            for left in target.parent.glob(f"{target.name}.*"):  # boto's own temporary file
+                left.unlink(missing_ok=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"address": self.address, "_process": 0, "_client": None}
 
 
 def patiently(attempt: Callable[[], None], what: str, patience: float) -> None:
