@@ -102,7 +102,12 @@ def train_on(images: Images, **changes) -> list[Batch]:
     """The batches of a small run."""
     settings = {"batch_size": 5, "iterations": 4, "timeout_seconds": 60} | changes
     crops = CropSettings(global_crops_size=16, local_crops_size=8, local_crops_number=1)
-    return list(training_loader(images, crops=crops, masks=MaskSettings((4, 4)), **settings))
+    loader = training_loader(images, crops=crops, masks=MaskSettings((4, 4)), **settings)
+    try:
+        return list(loader)
+    finally:
+        if settings.get("num_workers"):  # left to the garbage collector, it takes 5 seconds a worker
+            loader._iterator._shutdown_workers()
 
 
 def samples(batches: list[Batch]) -> list[int]:
