@@ -162,7 +162,7 @@ def test_a_missing_object_ends_the_run_by_name(store: Store, remote: Path, cache
 
 @WORKERS
 def test_an_outage_is_waited_for(store: Store, remote: Path, cache: str, workers: int, caplog) -> None:
-    images = open_images(ADDRESS, cache_dir=cache, timeout_seconds=60)
+    images = open_images(ADDRESS, cache_dir=cache, timeout_seconds=40)
     store.stop()
     later(2, store.start)
     assert sorted(samples(train_on(images, num_workers=workers, iterations=2))) == list(range(10))
@@ -173,7 +173,7 @@ def test_an_outage_is_waited_for(store: Store, remote: Path, cache: str, workers
 
 
 def test_errors_and_broken_connections_are_waited_for(store: Store, remote: Path, cache: str) -> None:
-    images = open_images(ADDRESS, cache_dir=cache, timeout_seconds=60)
+    images = open_images(ADDRESS, cache_dir=cache, timeout_seconds=40)
     store.status, store.dropped = 503, 3
     later(2, lambda: setattr(store, "status", 0))
     assert keys(images) == sorted(NAMES)
@@ -181,11 +181,11 @@ def test_errors_and_broken_connections_are_waited_for(store: Store, remote: Path
 
 @WORKERS
 def test_an_outage_that_lasts_ends_the_run(store: Store, remote: Path, cache: str, workers: int) -> None:
-    images = open_images(ADDRESS, cache_dir=cache, timeout_seconds=6)
+    images = open_images(ADDRESS, cache_dir=cache, timeout_seconds=4)
     store.stop()
     begin = time.monotonic()
     with pytest.raises(DataError, match=r"could not be fetched for .* s: .*data\.timeout_seconds"):
-        train_on(images, num_workers=workers, timeout_seconds=6)
+        train_on(images, num_workers=workers, timeout_seconds=4)
     assert time.monotonic() - begin < 12
     store.start()
 
@@ -254,6 +254,7 @@ def test_two_runs_share_a_cache(store: Store, many: Path, cache: str) -> None:
     assert len(store.fetched()) == 20 and set(store.fetched().values()) == {1}
 
 
+@pytest.mark.slow
 def test_two_runs_with_a_limit(store: Store, many: Path, cache: str) -> None:
     """They take shards from each other, and get them again."""
     results = multiprocessing.get_context("fork").Queue()

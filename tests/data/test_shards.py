@@ -1,5 +1,6 @@
 import multiprocessing
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -144,8 +145,28 @@ def test_images_survive_pickling_and_fork(layout: Path, tmp_path: Path, compress
     child.start()
     assert sorted(results.get(timeout=60)) == sorted(NAMES)
     child.join()
-    if compression is None:
-        assert keys(pickle.loads(pickle.dumps(images))) == sorted(NAMES)
+    assert keys(pickle.loads(pickle.dumps(images))) == sorted(NAMES)
+
+
+def test_compressed_shards_are_unpacked_into_the_cache(layout: Path, tmp_path: Path, cache: str) -> None:
+    """Not beside the source, and anew when that changed."""
+    convert(str(layout), str(tmp_path / "dst"), workers=1, progress=False, compression="zstd", part_images=4)
+    before = {path: path.read_bytes() for path in tmp_path.joinpath("dst").rglob("*") if path.is_file()}
+    images = open_images(str(tmp_path / "dst"), cache_dir=cache)
+    assert keys(images) == sorted(NAMES) and not images.remote
+    assert {path: path.read_bytes() for path in tmp_path.joinpath("dst").rglob("*") if path.is_file()} == before
+    assert len(list(Path(cache).rglob("*.mds"))) == 3
+    shard = sorted((tmp_path / "dst" / "train").rglob("*.zstd"))[0]
+    data = shard.read_bytes()
+    shutil.rmtree(cache)
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 255]))
+    with pytest.raises(DataError, match=rf"{shard.name} of .* does not match its hash"):
+        keys(open_images(str(tmp_path / "dst"), cache_dir=cache))
+    shard.unlink()
+    with pytest.raises(DataError, match=f"the shard {shard} is missing"):
+        keys(images)
+    with pytest.raises(DataError, match=f"{shard} is missing"):
+        open_images(str(tmp_path / "dst"), cache_dir=cache)
 
 
 @pytest.mark.slow
