@@ -27,6 +27,7 @@ from dinocomp.errors import DataError
 log = logging.getLogger(__name__)
 
 _COPIES = 3  # tries before a shard whose hash does not match is given up
+_TURNS = 10  # times a shard is fetched for one image before saying that the cache is too small
 _LOCKS = 64  # files that the locks of all shards share
 _TOUCH_SECONDS = 5.0  # how precisely the cache knows when a shard was used last
 _BLOCK_SHARE = 0.4  # of the cache, for the shards of one block: ranks and workers may be in two blocks at a time
@@ -67,7 +68,7 @@ class CachedShards(LocalDataset):
     def get_item(self, sample_id: int) -> dict[str, Any]:
         """The columns of one sample."""
         number, place = self.spanner[sample_id]
-        for _ in range(_COPIES):
+        for _ in range(_TURNS):
             self._provide(number)
             with contextlib.suppress(FileNotFoundError):  # another process made room in between
                 return self.shards[number][place]
@@ -105,7 +106,7 @@ class CachedShards(LocalDataset):
         now = time.time()
         if now - self._touched.get(number, 0.0) > _TOUCH_SECONDS:
             self._touched[number] = now
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # gone, or another user's copy
                 os.utime(path, ns=(time.time_ns(), found[1]))  # access alone: disks are often mounted without it
 
     def _drop_if_damaged(self, number: int) -> bool:
@@ -120,24 +121,24 @@ class CachedShards(LocalDataset):
         """Fetch a shard and give it its name when it is whole; the caller holds its lock."""
         shard, path = self.shards[number], self._path(number)
         raw, packed = shard.file_pairs[0]
-        if packed and "://" not in self.source and not (Path(self.source) / packed.basename).is_file():
+        remote, source = "://" in self.source, Path(self.source)
+        if packed and not remote and not (source / packed.basename).is_file() and (source / raw.basename).is_file():
             packed = None  # a local folder that keeps some shards unpacked
         info = packed or raw
         fetching, reserved = (path.with_name(path.name + ending) for ending in (".fetching", ".reserved"))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._make_room(shard.get_max_size(), reserved)
         try:
-            for _ in range(_COPIES):
+            for _ in range(_COPIES if remote else 1):
                 where = self._copy(info.basename, fetching)
                 reason = damage(where, info.bytes, info.hashes)
                 if not reason:
                     break
-                log.warning("warning: %s as fetched from %s %s", info.basename, self.source, reason)
+                log.warning("warning: %s as it came from %s %s", info.basename, self.source, reason)
             else:
                 raise DataError(
-                    f"the shard {info.basename} of {self.source} {reason}, in {_COPIES} copies: it is damaged there; "
-                    f"copy it there again or convert the images again. If {self.source} was written anew on purpose, "
-                    f"delete {self.folder}"
+                    f"the shard {info.basename} of {self.source} {reason}: it is damaged there; copy it there again or "
+                    f"convert the images again. If {self.source} was written anew on purpose, delete {self.folder}"
                 )
             if packed:
                 fetching.write_bytes(self._unpacked(where, shard.compression))

@@ -11,6 +11,7 @@ from dinocomp.data.convert import convert, listing_digest, read_manifest
 from dinocomp.data.index import INDEX, cached_index, read_index
 from dinocomp.data.listing import DIGITS, Source
 from dinocomp.data.reader import Images, Keeping, open_local, open_remote
+from dinocomp.data.report import MANIFEST
 from dinocomp.data.sources import SPLITS, find_sources, parse_reference
 from dinocomp.data.tars import TAR_ENDINGS
 from dinocomp.errors import DataError
@@ -185,6 +186,12 @@ def parse(dataset_path: str, split: str = "train", cache_dir: str = "") -> Addre
     shards = {name: root / name for name in SPLITS if (root / name / INDEX).is_file()}
     if shards:
         return Address(dataset_path, split, shards=shards)
+    for folder in (root, root / "train"):
+        if (folder / MANIFEST).is_file() or any(folder.glob("*.mds*")):
+            raise DataError(
+                f"{folder} holds shards, but no {INDEX}, without which they cannot be read; copy it again or convert "
+                "the images again"
+            )
     if root.is_dir() and any(root.glob(".*.partial")):
         raise DataError(
             f"{root} holds a conversion that was interrupted; run the same `dinocomp convert SRC {root}` again, "

@@ -52,9 +52,7 @@ def test_skipped_counted_and_remembered(tmp_path: Path, data: Path, capsys: pyte
     text = (tmp_path / "whole" / "train.log").read_text()
     for n in BAD:
         assert text.count(f"another image is shown in its place: image 'photo-{n}.png' (sample {n} of {data})") == 1
-    assert (
-        run(tmp_path / "parts", data, optim__epochs=4) == 0
-    )  # another length has other schedules: only counts compare
+    assert run(tmp_path / "parts", data, optim__epochs=4) == 0  # with schedules of its own
     assert run(tmp_path / "parts", data) == 0
     assert [line["bad_images"] for line in metrics(tmp_path / "parts")] == counts
     assert (tmp_path / "parts" / "train.log").read_text().count("another image is shown") == 3

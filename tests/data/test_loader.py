@@ -1,5 +1,8 @@
+import os
 import pickle
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +217,24 @@ class FewImages:
 
     def decode(self, index: int) -> tuple[Sample, torch.Tensor]:
         return self.samples[index], decode_rgb(self.samples[index].image)
+
+
+class Stubborn(FewImages):
+    """The worker that decodes sample 0 sleeps, or is killed."""
+
+    def __init__(self, samples: list[Sample], act: Callable[[], None]) -> None:
+        super().__init__(samples)
+        self.act = act
+
+    def decode(self, index: int) -> tuple[Sample, torch.Tensor]:
+        self.act()
+        return super().decode(index)
+
+
+def test_a_worker_that_hangs_or_dies_is_a_message(images: Images) -> None:
+    for act, words in (
+        (lambda: time.sleep(60), r"no batch for data\.timeout_seconds=1.*the run resumes"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"a data worker died.*train\.num_workers"),
+    ):
+        with pytest.raises(DataError, match=words):
+            list(loader(Stubborn([images[0]], act), num_workers=1, timeout_seconds=1))

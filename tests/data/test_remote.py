@@ -18,6 +18,7 @@ from dinocomp.data import decode_rgb
 from dinocomp.data.shards import count_images, evaluation_pair, open_images
 from dinocomp.errors import DataError
 
+from ..helpers import launch, words, yaml_of_nothing
 from ..store import Store
 from .conftest import NAMES, image_bytes, keys, process, samples, train_on
 
@@ -291,3 +292,16 @@ def test_kill_9_leaves_nothing_that_matters(store: Store, many: Path, cache: str
     assert time.monotonic() - begin < 15
     assert set(os.listdir("/dev/shm")) <= shared
     assert max(store.fetched().values()) <= 3
+
+
+@pytest.mark.slow
+def test_ranks_of_a_machine_share_a_cache(store: Store, many: Path, tmp_path: Path) -> None:
+    """A whole run on two ranks, with two workers each, over a store that is away for a while."""
+    keys = {"train__dataset_path": ADDRESS, "data__cache_dir": tmp_path / "cache", "train__batch_size_per_gpu": 10}
+    keys |= {"train__OFFICIAL_EPOCH_LENGTH": 1, "optim__epochs": 5, "train__num_workers": 2}
+    waiting = threading.Thread(target=lambda: (time.sleep(8), store.stop(), time.sleep(8), store.start()))
+    waiting.start()
+    done = launch(yaml_of_nothing(tmp_path), *words(tmp_path / "run", **keys), processes=2)
+    waiting.join()
+    assert done.returncode == 0, done.stderr
+    assert set(store.fetched().values()) == {1} and len(store.fetched()) == 20

@@ -105,6 +105,13 @@ def test_missing_and_short_shards_are_found_at_once(shards: Path) -> None:
         open_images(str(shards))
 
 
+def test_missing_index(shards: Path) -> None:
+    (shards / "train" / "index.json").unlink()
+    for path in (shards / "train", shards):
+        with pytest.raises(DataError, match=rf"{shards}/train holds shards, but no index\.json.*copy it again"):
+            open_images(str(path))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2, "shards": []}'])
 def test_damaged_index(shards: Path, text: str) -> None:
     (shards / "train" / "index.json").write_text(text)
