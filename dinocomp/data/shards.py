@@ -183,15 +183,16 @@ def parse(dataset_path: str, split: str = "train", cache_dir: str = "") -> Addre
         raise DataError(f"train.dataset_path: {root} does not exist; give {GRAMMAR}")
     if (root / INDEX).is_file():
         return Address(dataset_path, split, shards={"": root})
-    shards = {name: root / name for name in SPLITS if (root / name / INDEX).is_file()}
-    if shards:
-        return Address(dataset_path, split, shards=shards)
-    for folder in (root, root / "train"):
-        if (folder / MANIFEST).is_file() or any(folder.glob("*.mds*")):
+    for folder in (root, root / split):
+        left = (folder / MANIFEST).is_file() or any(folder.glob("*.mds*"))
+        if left and not (folder / INDEX).is_file():
             raise DataError(
                 f"{folder} holds shards, but no {INDEX}, without which they cannot be read; copy it again or convert "
                 "the images again"
             )
+    shards = {name: root / name for name in SPLITS if (root / name / INDEX).is_file()}
+    if shards:
+        return Address(dataset_path, split, shards=shards)
     if root.is_dir() and any(root.glob(".*.partial")):
         raise DataError(
             f"{root} holds a conversion that was interrupted; run the same `dinocomp convert SRC {root}` again, "

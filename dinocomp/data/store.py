@@ -101,7 +101,7 @@ def patiently(attempt: Callable[[], None], what: str, patience: float) -> None:
 
 def _explained(address: str, error: Exception) -> StoreError:
     name, status = type(error).__name__, _status(error)
-    said = f"{name}: {error}".removesuffix(".")
+    said = f"HTTP {status}" if status else f"{name}: {error}".removesuffix(".")
     if status in (401, 403) or "Credentials" in name or isinstance(error, PermissionError):
         return StoreError(
             f"the store refuses {address} ({said}): check the credentials (for s3 AWS_ACCESS_KEY_ID and "
@@ -117,7 +117,11 @@ def _explained(address: str, error: Exception) -> StoreError:
     known = status is not None and 400 <= status < 500 and status not in (408, 429)
     if known or isinstance(error, (ValueError, ImportError, TypeError)):
         return StoreError(f"{address} cannot be fetched ({said}): check the address, e.g. s3://bucket/folder")
-    return StoreError(f"the store does not answer for {address} ({said})", passing=True)
+    return StoreError(
+        f"the store does not answer for {address} ({said}); its address may be wrong (for s3 S3_ENDPOINT_URL), or it or "
+        "the network is down",
+        passing=True,
+    )
 
 
 def _status(error: Exception) -> int | None:

@@ -299,9 +299,18 @@ def test_ranks_of_a_machine_share_a_cache(store: Store, many: Path, tmp_path: Pa
     """A whole run on two ranks, with two workers each, over a store that is away for a while."""
     keys = {"train__dataset_path": ADDRESS, "data__cache_dir": tmp_path / "cache", "train__batch_size_per_gpu": 10}
     keys |= {"train__OFFICIAL_EPOCH_LENGTH": 1, "optim__epochs": 5, "train__num_workers": 2}
-    waiting = threading.Thread(target=lambda: (time.sleep(8), store.stop(), time.sleep(8), store.start()))
+
+    def outage() -> None:
+        while len(store.fetched()) < 3:
+            time.sleep(0.01)
+        store.stop()
+        time.sleep(5)
+        store.start()
+
+    store.pause = 0.3
+    waiting = threading.Thread(target=outage, daemon=True)
     waiting.start()
     done = launch(yaml_of_nothing(tmp_path), *words(tmp_path / "run", **keys), processes=2)
-    waiting.join()
     assert done.returncode == 0, done.stderr
+    assert "does not answer" in (tmp_path / "run" / "train.log").read_text()
     assert set(store.fetched().values()) == {1} and len(store.fetched()) == 20
