@@ -20,6 +20,13 @@ log = logging.getLogger(__name__)
 
 _FILE_COLUMNS = ("jpeg", "png", "bytes")  # MDS stores all three as the bytes of a file
 _REMOTE_BLOCK = 1 << 18  # samples shuffled together where shards have to be downloaded
+_NOT_AS_WRITTEN = (
+    ValueError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+)  # of reading a shard with flipped bits
 _PATIENCE = 0.8  # of the loader's time limit, so that a worker says what it waited for before the limit ends it
 
 
@@ -111,18 +118,14 @@ class Images:
             raise IndexError(f"image {index} of {self._length}")
         try:
             return self._read(index)
-        except OSError as error:
+        except FileNotFoundError as error:
             self._shard_in_words(index)
+            raise DataError(f"image {index} of {self.path} cannot be read: {error}; start again") from error
+        except OSError as error:
             raise DataError(
-                f"image {index} of {self.path} cannot be read: {error}; mend the disk and start again"
+                f"image {index} of {self.path} cannot be read: {error}; make room on the disk or mend it, and start again"
             ) from error
-        except (
-            ValueError,
-            IndexError,
-            TypeError,
-            OverflowError,
-            MemoryError,
-        ) as error:  # of a file that is not as written
+        except _NOT_AS_WRITTEN as error:
             if self._fresh(index):
                 return self[index]
             raise BadImage(

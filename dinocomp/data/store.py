@@ -118,8 +118,8 @@ def _explained(address: str, error: Exception) -> StoreError:
     if known or isinstance(error, (ValueError, ImportError, TypeError)):
         return StoreError(f"{address} cannot be fetched ({said}): check the address, e.g. s3://bucket/folder")
     return StoreError(
-        f"the store does not answer for {address} ({said}); its address may be wrong (for s3 S3_ENDPOINT_URL), or it or "
-        "the network is down",
+        f"the store does not answer for {address} ({said}); its address may be wrong (for s3 S3_ENDPOINT_URL), or it "
+        "or the network is down",
         passing=True,
     )
 

@@ -1,6 +1,7 @@
 """Shards in an object store, and what such stores do."""
 
 import contextlib
+import errno
 import json
 import logging
 import multiprocessing
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from dinocomp.data import decode_rgb
+from dinocomp.data.convert import convert
 from dinocomp.data.shards import count_images, evaluation_pair, open_images
 from dinocomp.errors import DataError
 
@@ -189,6 +191,22 @@ def test_an_outage_that_lasts_ends_the_run(store: Store, remote: Path, cache: st
         train_on(images, num_workers=workers, timeout_seconds=4)
     assert time.monotonic() - begin < 12
     store.start()
+
+
+@pytest.mark.parametrize("what", ["downloaded", "unpacked"])
+def test_a_full_disk_is_not_an_outage(remote: Path, layout: Path, cache: str, monkeypatch, what: str) -> None:
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "downloaded":
+        images = open_images(ADDRESS, cache_dir=cache)
+        monkeypatch.setattr("streaming.base.storage.download.S3Downloader.download", full)
+    else:
+        convert(str(layout), cache + "-zstd", workers=1, progress=False, compression="zstd")
+        images = open_images(cache + "-zstd", cache_dir=cache)
+        monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DataError, match=r"No space left on device; make room"):
+        images[0]
 
 
 def disk(folder: Path) -> int:
