@@ -26,7 +26,7 @@ _NOT_AS_WRITTEN = (
     TypeError,
     OverflowError,
     MemoryError,
-)  # of reading a shard with flipped bits
+)  # reading flipped bits
 _PATIENCE = 0.8  # of the loader's time limit, so that a worker says what it waited for before the limit ends it
 
 
@@ -123,7 +123,8 @@ class Images:
             raise DataError(f"image {index} of {self.path} cannot be read: {error}; start again") from error
         except OSError as error:
             raise DataError(
-                f"image {index} of {self.path} cannot be read: {error}; make room on the disk or mend it, and start again"
+                f"image {index} of {self.path} cannot be read: {error}; make room on the disk or mend it, then start "
+                "again"
             ) from error
         except _NOT_AS_WRITTEN as error:
             if self._fresh(index):
