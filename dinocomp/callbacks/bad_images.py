@@ -6,7 +6,7 @@ from typing import Any
 from composer import Callback, Logger, State
 from composer.utils import dist
 
-from dinocomp.data import BadImage, Images
+from dinocomp.data import Images
 from dinocomp.distributed import any_rank
 from dinocomp.errors import DataError
 
@@ -38,7 +38,7 @@ class BadImages(Callback):
         if not any_rank(bool(new)):
             return
         images: Images = state.train_dataloader.dataset.images
-        found = [entry for part in dist.all_gather_object([_described(images, n) for n in new]) for entry in part]
+        found = [entry for part in dist.all_gather_object([(n, *images.fault(n)) for n in new]) for entry in part]
         for sample, key, reason in sorted(found):
             if sample not in self.met:  # two ranks may meet one in the same batch
                 self.met[sample] = key
@@ -58,14 +58,3 @@ class BadImages(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.met = {int(sample): key for sample, key in state["met"].items()}
-
-
-def _described(images: Images, sample: int) -> tuple[int, str, str]:
-    """Number, key and what is wrong, found out again: batches carry numbers only."""
-    key = f"image {sample}"
-    try:
-        key = images[sample].key
-        images.decode(sample)
-    except BadImage as error:
-        return sample, key, str(error)
-    return sample, key, f"image {key!r} (sample {sample} of {images.path}) could not be decoded, but now can"

@@ -151,6 +151,16 @@ class Images:
                 f"{self._shard_in_words(index)}"
             ) from error
 
+    def fault(self, index: int) -> tuple[str, str]:
+        """Key and what is wrong with an image that somebody else, a worker perhaps, found to be bad."""
+        key = f"image {index}"
+        try:
+            key = self[index].key
+            self.decode(index)
+        except BadImage as error:
+            return key, str(error)
+        return key, f"image {key!r} (sample {index} of {self.path}) could not be decoded, but now can"
+
     def _read(self, index: int) -> Sample:
         sample = self._shards[index]
         return Sample(sample["image"], int(sample.get("label", NO_LABEL)), str(sample.get("key", index)))

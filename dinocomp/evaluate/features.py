@@ -11,9 +11,10 @@ from torch.utils.data import Dataset
 
 from dinocomp.data import BadImage, Images, PlainLoader, evaluation_view
 from dinocomp.data.listing import NO_LABEL
-from dinocomp.distributed import any_rank
 from dinocomp.errors import DataError
 from dinocomp.models import VisionTransformer
+
+_NAMED = 3  # of the images left out
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,9 @@ class _Views(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         try:
             sample, pixels = self.images.decode(self.index[i])  # pixels: uint8 [3, H, W]
-        except BadImage as error:
+        except BadImage:
             if not self.skip_bad:
                 raise
-            log.warning("warning: left out of the evaluation: %s", error)
             return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), NO_LABEL
         return evaluation_view(pixels, self.resize, self.crop), sample.label
 
@@ -97,8 +97,18 @@ def extract_features(
             labels.append(label)
     features = Features(torch.cat(vectors), torch.cat(labels))
     features.vectors[features.labels == NO_LABEL] = 0.0
-    if not any_rank(bool((features.labels != NO_LABEL).any())):
+    mine = [views.index[i] for i in (features.labels == NO_LABEL).nonzero().flatten().tolist()]
+    left_out = sorted(number for part in dist.all_gather_object(mine) for number in part)
+    if len(left_out) == len(images):
         raise DataError(f"none of the {len(images)} images of {images.path} can be decoded; convert them again")
+    if left_out and dist.get_global_rank() == 0:
+        log.warning(
+            "warning: %d of %d images of %s are left out of the evaluation: %s",
+            len(left_out),
+            len(images),
+            images.path,
+            "; ".join(images.fault(number)[1] for number in left_out[:_NAMED]),
+        )
     return features
 
 

@@ -82,7 +82,9 @@ def test_evaluation_leaves_them_out(tmp_path: Path, data: Path, caplog: pytest.L
     pair = {"evaluation__train_dataset_path": data, "evaluation__val_dataset_path": tmp_path / "val"}
     assert run(tmp_path / "run", data, **pair, optim__epochs=1) == 0
     text = (tmp_path / "run" / "train.log").read_text()
-    assert text.count("left out of the evaluation: image 'photo-") == 5 and "k-NN accuracy" in text
+    for folder, bad in ((data, BAD), (tmp_path / "val", (1, 2))):
+        assert f"{len(bad)} of 48 images of {folder} are left out of the evaluation: image 'photo-{bad[0]}.png'" in text
+    assert "k-NN accuracy" in text
 
 
 def test_evaluation_that_raises(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
@@ -97,9 +99,11 @@ def test_ranks_stop_together(tmp_path: Path, data: Path) -> None:
     """The bad images of one rank count on the other, and the run of two is the run of one."""
     many = {"train__dataset_path": data, "train__OFFICIAL_EPOCH_LENGTH": 1, "optim__epochs": 6}
     many |= {"train__batch_size_per_gpu": 8, "train__num_workers": 1}
+    many |= {"evaluation__train_dataset_path": data, "evaluation__val_dataset_path": data}
     done = launch(yaml_of_nothing(tmp_path), *words(tmp_path / "two", **many), processes=2)
     assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "two")[-1]["bad_images"] == 3
+    assert "3 of 48 images" in (tmp_path / "two" / "train.log").read_text()
     done = launch(yaml_of_nothing(tmp_path), *words(tmp_path / "few", **many, data__max_bad_images=2), processes=2)
     assert done.returncode != 0 and "more than data.max_bad_images=2" in done.stderr + done.stdout
 

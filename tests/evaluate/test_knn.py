@@ -80,6 +80,13 @@ def test_features_are_in_order_and_the_generator_stands_still(num_workers: int) 
         torch.testing.assert_close(features.vectors[i], backbone(view).cls[0].detach())
 
 
+def test_images_left_out_do_not_count() -> None:
+    train, val = clusters(50, 1.0, 1), clusters(33, 1.0, 2)
+    left_out = Features(torch.zeros(2, 8), torch.full((2,), -1))
+    more = [Features(*(torch.cat(pair) for pair in zip(left_out, part, strict=True))) for part in (train, val)]
+    assert knn_accuracy(*more, ks=[5], temperature=0.07) == knn_accuracy(train, val, ks=[5], temperature=0.07)
+
+
 def test_evaluation_view() -> None:
     image = torch.zeros(3, 100, 200, dtype=torch.uint8)
     image[:, :, 100:] = 200
