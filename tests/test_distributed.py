@@ -16,4 +16,4 @@ def ask(rank: int, port: int) -> None:
 
 def test_any_rank(free_port: int) -> None:
     assert any_rank(True) and not any_rank(False)
-    mp.start_processes(ask, (free_port,), nprocs=2, start_method="fork")
+    mp.spawn(ask, (free_port,), nprocs=2)
