@@ -1,10 +1,35 @@
 """What is shown to the networks, from a configuration."""
 
+import logging
+from typing import Any
+
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from dinocomp.config import Config, derive
-from dinocomp.data import CropSettings, Images, MaskSettings, training_loader
+from dinocomp.data import CropSettings, Images, MaskSettings, open_images, training_loader
+
+log = logging.getLogger(__name__)
+
+
+def opening(config: Config) -> dict[str, Any]:
+    """How images are opened, whichever they are."""
+    return {
+        "cache_dir": config.data.cache_dir,
+        "cache_limit": derive.cache_limit(config),
+        "timeout_seconds": config.data.timeout_seconds,
+    }
+
+
+def training_images(config: Config) -> Images:
+    """What the run trains on."""
+    images = open_images(config.train.dataset_path, split="train", **opening(config))
+    log.info("training images: %s (%d)", images.path, len(images))
+    if config.data.cache_limit and images.block is None:
+        log.info(
+            "note: data.cache_limit=%s does nothing: these shards are read where they are", config.data.cache_limit
+        )
+    return images
 
 
 def crop_settings(config: Config) -> CropSettings:
@@ -42,4 +67,5 @@ def build_loader(config: Config, images: Images, *, pin_memory: bool) -> DataLoa
         prefetch_factor=config.data.prefetch_factor,
         timeout_seconds=config.data.timeout_seconds,
         pin_memory=pin_memory,
+        skip_bad=config.data.on_bad_image == "skip",
     )

@@ -14,12 +14,13 @@ from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger,
 from composer.utils import dist, reproducibility
 from torch.utils.data import DataLoader
 
-from dinocomp.build.data import build_loader
+from dinocomp.build.data import build_loader, opening, training_images
 from dinocomp.build.model import backbone_arguments, build_model
 from dinocomp.build.optim import build_optimizer, build_schedules
 from dinocomp.build.start import Start, check_enough
 from dinocomp.callbacks import (
     ApplySchedules,
+    BadImages,
     Checkpoints,
     ClipGradients,
     FirstBatchPicture,
@@ -36,7 +37,7 @@ from dinocomp.checkpoints.plain import only_plain_types
 from dinocomp.checkpoints.uploads import Uploads
 from dinocomp.config import Config, derive, to_yaml
 from dinocomp.config.advice import warnings
-from dinocomp.data import evaluation_pair, open_images
+from dinocomp.data import evaluation_pair
 from dinocomp.errors import ConfigError
 from dinocomp.interop import save_teacher
 from dinocomp.method import DINOv2
@@ -70,9 +71,7 @@ class Run:
 
 def build_run(config: Config, start: Start) -> Run:
     """Everything, in order: images, model, loader, trainer."""
-    cache = config.data.cache_dir
-    images = open_images(config.train.dataset_path, split="train", cache_dir=cache)
-    log.info("training images: %s (%d)", images.path, len(images))
+    images = training_images(config)
     check_enough(config, len(images))  # of a remote it was not known, of a folder some images may be unreadable
     for advice in warnings(config, dist.get_world_size(), len(images)):
         log.warning("%s -> %s", advice.what, advice.remedy)
@@ -80,7 +79,7 @@ def build_run(config: Config, start: Start) -> Run:
         config.train.dataset_path,
         config.evaluation.train_dataset_path,
         config.evaluation.val_dataset_path,
-        cache_dir=cache,
+        **opening(config),
     )
     # The same weights on every rank; the Trainer then seeds each rank differently for what is drawn while training.
     reproducibility.seed_all(config.train.seed)
@@ -113,6 +112,7 @@ def build_training(
 
     random_state = RestoreRandomState()
     stop = StopOnSignal()
+    bad_images = BadImages(config.data.max_bad_images)
     clip = ClipGradients(model, config.optim.clip_grad)
     bad_steps = SkipBadSteps(model, clip, config.optim.max_bad_steps)
     evaluation = OnlineEvaluation(
@@ -129,6 +129,7 @@ def build_training(
         num_workers=config.train.num_workers,
         timeout_seconds=config.data.timeout_seconds,
         autocast=_AUTOCAST[start.precision],
+        skip_bad=config.data.on_bad_image == "skip",
         export_teacher=export_teacher,
         stop=stop,
     )
@@ -151,6 +152,7 @@ def build_training(
         random_state,
         ApplySchedules(model, schedules, multipliers),
         FirstBatchPicture(output / "pictures" / "first_batch.png"),
+        bad_images,
         clip,
         bad_steps,
         UpdateTeacher(model, bad_steps),
@@ -158,8 +160,9 @@ def build_training(
         Metrics(
             model,
             clip,
-            bad_steps,
             schedules,
+            bad_steps,
+            bad_images,
             prototypes=derive.prototypes(config),
             folder=output,
             period=config.loggers.period_iterations,

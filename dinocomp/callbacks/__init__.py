@@ -1,5 +1,6 @@
 """What happens around a training step, one event a file."""
 
+from dinocomp.callbacks.bad_images import BadImages
 from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.callbacks.checkpoints import Checkpoints
 from dinocomp.callbacks.clip import ClipGradients
@@ -13,6 +14,7 @@ from dinocomp.callbacks.teacher import UpdateTeacher
 
 __all__ = [
     "ApplySchedules",
+    "BadImages",
     "Checkpoints",
     "ClipGradients",
     "FirstBatchPicture",

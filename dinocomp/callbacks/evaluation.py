@@ -36,6 +36,7 @@ class OnlineEvaluation(Callback):
         at_start: evaluate the weights that the run starts from.
         resize, crop: of the evaluation view, in pixels.
         ks, temperature: see `knn_accuracy`.
+        skip_bad: whether images that cannot be decoded are left out; else they are an error.
         export_teacher: writes the teacher, of an iteration, to a path.
         stop: once it asks for the end, nothing is evaluated any more; the run that goes on makes up for it.
 
@@ -59,6 +60,7 @@ class OnlineEvaluation(Callback):
         num_workers: int,
         timeout_seconds: float,
         autocast: torch.dtype | None,
+        skip_bad: bool,
         export_teacher: Callable[[Path, int], None],
         stop: StopOnSignal,
     ) -> None:
@@ -75,6 +77,7 @@ class OnlineEvaluation(Callback):
             "num_workers": num_workers,
             "timeout_seconds": timeout_seconds,
             "autocast": autocast,
+            "skip_bad": skip_bad,
         }
         self.export_teacher = export_teacher
         self.stop = stop

@@ -16,6 +16,7 @@ import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
 
+from dinocomp.callbacks.bad_images import BadImages
 from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.callbacks.clip import ClipGradients
 from dinocomp.method import DINOv2
@@ -34,7 +35,7 @@ class Metrics(Callback):
     warning says so. Speeds are those since the last line. Memory is the peak of this process, on its GPU if it has one.
 
     Args:
-        model, clip, bad_steps, schedules: where the numbers come from.
+        model, clip, schedules, bad_steps, bad_images: where the numbers come from.
         prototypes: of each loss's head, by loss ("dino", "ibot").
         period: iterations between lines; the first and the last iteration have one, too.
         total: iterations of the run.
@@ -44,8 +45,9 @@ class Metrics(Callback):
         self,
         model: DINOv2,
         clip: ClipGradients,
-        bad_steps: SkipBadSteps,
         schedules: Schedules,
+        bad_steps: SkipBadSteps,
+        bad_images: BadImages,
         *,
         prototypes: Mapping[str, int],
         folder: Path,
@@ -56,6 +58,7 @@ class Metrics(Callback):
         self.clip = clip
         self.bad_steps = bad_steps
         self.schedules = schedules
+        self.bad_images = bad_images
         self.prototypes = prototypes
         self.path = folder / "metrics.jsonl"
         self.period = period
@@ -155,6 +158,7 @@ class Metrics(Callback):
             "images_per_second": (int(state.timestamp.sample) - self.window_images) / seconds,
             "seconds_per_iteration": seconds / self.window_steps,
             "data_wait": self.waited / seconds,
+            "bad_images": len(self.bad_images.met),
         }
         if state.device.name == "gpu":
             record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

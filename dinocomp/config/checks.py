@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dinocomp.config.derive import architecture, global_patches
+from dinocomp.config.derive import architecture, cache_limit, global_patches
 from dinocomp.config.schema import Config
 from dinocomp.errors import ConfigError
 
@@ -128,7 +128,7 @@ def _device(config: Config) -> Iterator[Problem]:
 
 def _places(config: Config) -> Iterator[Problem]:
     """What the text of an address or a size shows; whether anything is there is looked at later."""
-    output, remote, limit = config.train.output_dir, config.checkpoint.remote, config.data.cache_limit
+    output, remote = config.train.output_dir, config.checkpoint.remote
     if not output.strip():
         yield Problem(("train.output_dir",), "a run needs a folder to write to; type train.output_dir=output/NAME")
     elif re.match(_ADDRESS, output):
@@ -144,8 +144,10 @@ def _places(config: Config) -> Iterator[Problem]:
             f"not an address in an object store; type checkpoint.remote={guess}, or '' for none "
             "(local checkpoints are in train.output_dir)",
         )
-    if limit and not re.fullmatch(r"\d+(\.\d+)?\s*([kmgtpe]?b)", limit.strip().lower()):
-        yield Problem(("data.cache_limit",), "not a size; type data.cache_limit=500gb (b, kb, mb, gb or tb), or ''")
+    try:
+        cache_limit(config)
+    except ConfigError as error:
+        yield Problem(("data.cache_limit",), str(error))
 
 
 def _checkpoints(config: Config) -> Iterator[Problem]:

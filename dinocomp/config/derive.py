@@ -1,6 +1,7 @@
 """What follows from a configuration: iterations, learning rate, sizes, precision. Pure functions, told once."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ ARCHITECTURES: dict[str, tuple[int, int, int]] = {
     "vit_large": (1024, 24, 16),
     "vit_giant2": (1536, 40, 24),
 }
+
+
+_UNITS = {"b": 0, "kb": 1, "mb": 2, "gb": 3, "tb": 4, "pb": 5}  # powers of 1024, as Streaming reads them
 
 
 @dataclass(frozen=True)
@@ -151,3 +155,18 @@ def precision(config: Config, on_gpu: bool) -> str:
         return wanted
     asked = config.compute_precision.student.backbone.mixed_precision.param_dtype
     return "fp32" if asked == "fp32" or not on_gpu else "bf16"
+
+
+def cache_limit(config: Config) -> int | None:
+    """`data.cache_limit` in bytes; None for no limit.
+
+    Raises:
+        ConfigError: it is not a size.
+    """
+    text = config.data.cache_limit.strip().lower()
+    if not text:
+        return None
+    size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgtp]?b)?", text)
+    if size is None:
+        raise ConfigError(f"{config.data.cache_limit!r} is not a size; type a number and a unit, e.g. 500gb")
+    return int(float(size[1]) * 1024 ** _UNITS[size[2] or "b"])

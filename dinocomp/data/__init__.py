@@ -6,18 +6,21 @@ from dinocomp.data.listing import ClassName, Source
 from dinocomp.data.loader import Batch, MultiCropDataset, training_loader
 from dinocomp.data.masks import MaskSettings, batch_masks, block_mask, max_masked_patches
 from dinocomp.data.order import TrainingOrder
-from dinocomp.data.reader import Images, Sample
+from dinocomp.data.reader import BadImage, Images, Sample
 from dinocomp.data.report import Report
 from dinocomp.data.shards import check_images, count_images, ensure_shards, evaluation_pair, open_images
 from dinocomp.data.sources import find_sources
+from dinocomp.data.workers import PlainLoader
 
 __all__ = [
+    "BadImage",
     "Batch",
     "ClassName",
     "CropSettings",
     "Images",
     "MaskSettings",
     "MultiCropDataset",
+    "PlainLoader",
     "Report",
     "Sample",
     "Source",

@@ -8,14 +8,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dinocomp.data.crops import CropSettings, multi_crop
-from dinocomp.data.images import decode_rgb
 from dinocomp.data.masks import MaskSettings, batch_masks
 from dinocomp.data.order import Place, TrainingOrder
-from dinocomp.data.reader import Images
-from dinocomp.data.workers import leave_signals_to_parent
+from dinocomp.data.reader import BadImage, Images
+from dinocomp.data.workers import PlainLoader
 from dinocomp.errors import DataError
 
-_CROP_STREAM = 104  # keeps this draw apart from those of order and masks
+_CROP_STREAM, _REPLACEMENT_STREAM = 104, 105  # keep these draws apart from those of order and masks
+_REPLACEMENTS = 10  # images tried in the place of a bad one
 
 
 class Batch(TypedDict):
@@ -25,6 +25,7 @@ class Batch(TypedDict):
     local_crops: torch.Tensor  # uint8 [B, L, 3, l, l]
     masks: torch.Tensor  # bool [B, 2, N], True where the student does not see the patch
     index: torch.Tensor  # int64 [B], the samples' numbers in the dataset
+    replaced: torch.Tensor  # int64 [B], the bad sample whose place this one took, -1 for none
 
 
 class Crops(TypedDict):
@@ -32,6 +33,7 @@ class Crops(TypedDict):
 
     position: int
     index: int
+    replaced: int
     global_crops: torch.Tensor  # uint8 [2, 3, G, G]
     local_crops: torch.Tensor  # uint8 [L, 3, l, l]
 
@@ -39,14 +41,18 @@ class Crops(TypedDict):
 class MultiCropDataset(Dataset):
     """Maps a place of the run to its crops, and remembers where a resumed run goes on.
 
-    Crops are a function of (seed, pass, sample): not of the rank, the worker or what was drawn before.
+    Crops are a function of (seed, pass, sample): not of the rank, the worker or what was drawn before. So is the image
+    that takes the place of a bad one, if `skip_bad`; else a bad one is an error.
     """
 
-    def __init__(self, images: Images, crops: CropSettings, *, seed: int, global_batch: int) -> None:
+    def __init__(
+        self, images: Images, crops: CropSettings, *, seed: int, global_batch: int, skip_bad: bool = False
+    ) -> None:
         self.images = images
         self.crops = crops
         self.seed = seed
         self.global_batch = global_batch
+        self.skip_bad = skip_bad
         self.position = 0  # images consumed by all ranks when the loader's iteration began
         self.iteration = 0  # iterations done by then
 
@@ -56,17 +62,31 @@ class MultiCropDataset(Dataset):
     def __getitem__(self, place: Place) -> Crops:
         position, passes, sample = place
         rng = np.random.default_rng((self.seed, _CROP_STREAM, passes, sample))
-        stored = self.images[sample]
-        try:
-            image = decode_rgb(stored.image)  # [3, H, W]
-        except DataError as error:
-            raise DataError(
-                f"image {stored.key!r} (sample {sample} of {self.images.path}) cannot be decoded: {error}. "
-                "Conversion checks every image, so the shards were damaged since or written by other means: "
-                "convert them again with `dinocomp convert SRC DST`"
-            ) from error
+        shown, image = self._shown(passes, sample)
         global_crops, local_crops = multi_crop(image, self.crops, rng)  # [2, 3, G, G], [L, 3, l, l]
-        return Crops(position=position, index=sample, global_crops=global_crops, local_crops=local_crops)
+        replaced = -1 if shown == sample else sample
+        return Crops(
+            position=position, index=shown, replaced=replaced, global_crops=global_crops, local_crops=local_crops
+        )
+
+    def _shown(self, passes: int, sample: int) -> tuple[int, torch.Tensor]:
+        """The sample, or the one that takes its place, and its pixels: uint8 [3, H, W]."""
+        try:
+            return sample, self.images.decode(sample)[1]
+        except BadImage as error:
+            if not self.skip_bad:
+                raise
+            first = error
+        rng = np.random.default_rng((self.seed, _REPLACEMENT_STREAM, passes, sample))
+        for other in rng.integers(len(self.images), size=_REPLACEMENTS).tolist():
+            try:
+                return other, self.images.decode(other)[1]
+            except BadImage:
+                continue
+        raise DataError(
+            f"{first} {_REPLACEMENTS} others, drawn to take its place, cannot be decoded either: see whether "
+            f"{self.images.path} holds images at all"
+        )
 
     def step_and_slot(self, position: int) -> tuple[int, int]:
         """Iteration of the run and place in its global batch of a position at or behind the starting point."""
@@ -107,6 +127,7 @@ class Collate:
             local_crops=torch.stack([sample["local_crops"] for sample in samples]),  # [B, L, 3, l, l]
             masks=torch.from_numpy(masks),  # [B, 2, N]
             index=torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),  # [B]
+            replaced=torch.tensor([sample["replaced"] for sample in samples], dtype=torch.int64),  # [B]
         )
 
 
@@ -124,6 +145,7 @@ def training_loader(
     prefetch_factor: int = 2,
     timeout_seconds: float = 0,
     pin_memory: bool = False,
+    skip_bad: bool = False,
 ) -> DataLoader:
     """The loader of one rank; its batches are `Batch`es, the same ones for any number of workers.
 
@@ -133,11 +155,12 @@ def training_loader(
         iterations: of the whole run.
         prefetch_factor: batches each worker prepares ahead.
         timeout_seconds: fail when a worker takes longer than this for a batch; 0 waits for ever.
+        skip_bad: whether another image takes the place of one that cannot be decoded; else that is an error.
 
     Raises:
         DataError: there are no images.
     """
-    dataset = MultiCropDataset(images, crops, seed=seed, global_batch=batch_size * world_size)
+    dataset = MultiCropDataset(images, crops, seed=seed, global_batch=batch_size * world_size, skip_bad=skip_bad)
     order = TrainingOrder(
         dataset,
         samples=len(images),
@@ -146,17 +169,13 @@ def training_loader(
         rank=rank,
         iterations=iterations,
         seed=seed,
-        shard_sizes=images.shard_sizes if images.remote else None,
+        shard_sizes=images.shard_sizes,
+        block=images.block,
     )
     workers: dict[str, Any] = {}
     if num_workers:  # torch refuses these without workers; torch itself gives each worker one thread
-        workers = {
-            "prefetch_factor": prefetch_factor,
-            "persistent_workers": True,
-            "timeout": timeout_seconds,
-            "worker_init_fn": leave_signals_to_parent,
-        }
-    return DataLoader(
+        workers = {"prefetch_factor": prefetch_factor, "persistent_workers": True, "timeout": timeout_seconds}
+    return PlainLoader(
         dataset,
         batch_size=batch_size,
         sampler=order,

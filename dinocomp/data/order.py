@@ -9,7 +9,6 @@ from torch.utils.data import Dataset, DistributedSampler
 from dinocomp.errors import DataError
 
 _ORDER_STREAM = 103  # keeps this draw apart from those of crops and masks
-_REMOTE_BLOCK = 1 << 18  # samples shuffled together where shards have to be downloaded
 
 Place = tuple[int, int, int]  # position in the run, pass over the data, sample
 
@@ -26,7 +25,7 @@ def uniform_permutation(samples: int, seed: int, passes: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox((seed, _ORDER_STREAM, passes))).permutation(samples)
 
 
-def shard_permutation(shard_sizes: np.ndarray, seed: int, passes: int, block: int = _REMOTE_BLOCK) -> np.ndarray:
+def shard_permutation(shard_sizes: np.ndarray, seed: int, passes: int, block: int) -> np.ndarray:
     """Shards in random order, samples shuffled inside blocks of about `block`: int64 [samples].
 
     Only a few shards are needed at a time, so that training can start before everything is downloaded
@@ -53,7 +52,8 @@ class TrainingOrder(DistributedSampler):
         samples: N.
         batch_size: B, images of one rank in one iteration.
         iterations: of the whole run.
-        shard_sizes: given, passes are shuffled shard by shard (for remote data); None, uniformly.
+        shard_sizes, block: given, passes are shuffled shard by shard, as `shard_permutation` does (for remote data);
+            None, uniformly.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class TrainingOrder(DistributedSampler):
         iterations: int,
         seed: int,
         shard_sizes: np.ndarray | None = None,
+        block: int | None = None,
     ) -> None:
         if samples < 1:
             raise DataError("the dataset has no images; give train.dataset_path a place that has some")
@@ -75,6 +76,7 @@ class TrainingOrder(DistributedSampler):
         self.batch_size = batch_size
         self.iterations = iterations
         self.shard_sizes = shard_sizes
+        self.block = block
 
     def __len__(self) -> int:
         """Images of this rank in the whole run, also after resuming: Composer counts a run's batches from its start."""
@@ -94,6 +96,6 @@ class TrainingOrder(DistributedSampler):
 
     def permutation(self, passes: int) -> np.ndarray:
         """The order of one pass: int64 [samples]."""
-        if self.shard_sizes is None:
+        if self.shard_sizes is None or self.block is None:
             return uniform_permutation(self.samples, self.seed, passes)
-        return shard_permutation(self.shard_sizes, self.seed, passes)
+        return shard_permutation(self.shard_sizes, self.seed, passes, self.block)

@@ -1,21 +1,33 @@
 """Random access to the images of one split of shards."""
 
-import json
-import os
-import sys
-from functools import cache
+import hashlib
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from dinocomp.data.convert import read_manifest
+from dinocomp.data.damage import damage
+from dinocomp.data.images import decode_rgb
+from dinocomp.data.index import INDEX, cached_index, check_files, fetch_json, put_index, read_index
 from dinocomp.data.listing import NO_LABEL, ClassName
 from dinocomp.data.report import MANIFEST
 from dinocomp.errors import DataError
 
-INDEX = "index.json"
+log = logging.getLogger(__name__)
+
 _FILE_COLUMNS = ("jpeg", "png", "bytes")  # MDS stores all three as the bytes of a file
+_REMOTE_BLOCK = 1 << 18  # samples shuffled together where shards have to be downloaded
+_NOT_AS_WRITTEN = (
+    ValueError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+)  # reading flipped bits
+_PATIENCE = 0.8  # of the loader's time limit, so that a worker says what it waited for before the limit ends it
 
 
 class Sample(NamedTuple):
@@ -32,12 +44,30 @@ class Sample(NamedTuple):
     key: str
 
 
+class Keeping(NamedTuple):
+    """Where copies of shards from elsewhere are kept, and how.
+
+    Attributes:
+        folder: of all that dinocomp keeps.
+        limit: bytes that fetched shards may take on this disk; None for all of them.
+        timeout_seconds: how long a batch may take, and so an outage of the store; 0 for ever.
+    """
+
+    folder: Path
+    limit: int | None = None
+    timeout_seconds: float = 0
+
+
+class BadImage(DataError):
+    """One image cannot be read or decoded, while its shard is there and of the right size."""
+
+
 class Images:
     """The images of one split, by number: `images[i]` is a `Sample`.
 
     Local uncompressed shards are read by Streaming's LocalDataset: a plain file reader without shared memory, locks or
-    background threads, so that it survives kill -9, fork and spawn. Compressed and remote shards need
-    StreamingDataset, which fetches and unpacks a shard when one of its images is asked for first.
+    background threads, so that it survives kill -9, fork and spawn. Compressed and remote shards are fetched and
+    unpacked into a cache by `CachedShards` when one of their images is asked for first.
 
     Attributes:
         path: where the shards are.
@@ -45,15 +75,18 @@ class Images:
         labelled: whether every sample has a label.
         shard_sizes: int64 [shards], images of each.
         remote: whether shards have to be fetched, so that visiting them one after another pays.
+        block: samples to shuffle together then; None to shuffle all of them.
     """
 
-    def __init__(self, path: str, shards: Any, manifest: dict[str, Any] | None, *, remote: bool) -> None:
+    def __init__(self, path: str, shards: Any, manifest: dict[str, Any] | None, *, block: int | None = None) -> None:
         self.path = path
-        self.remote = remote
+        self.block = block
+        self.remote = block is not None
         self.shard_sizes = np.array([shard.samples for shard in shards.shards], dtype=np.int64)  # [shards]
         self._length = int(self.shard_sizes.sum())
         self.classes = [ClassName(entry["id"], entry["name"]) for entry in (manifest or {}).get("classes", [])]
         self._shards = shards
+        self._verdicts: dict[tuple[Path, int], str] = {}  # (shard, time of change) -> what is wrong with it
         columns = shards.shards[0].column_names
         if "image" not in columns:
             raise DataError(
@@ -75,120 +108,147 @@ class Images:
         return self._length
 
     def __getitem__(self, index: int) -> Sample:
+        """One stored image.
+
+        Raises:
+            BadImage: it cannot be read, although its shard is there and has the right size.
+            DataError: its shard is gone or was cut, or cannot be fetched.
+        """
         if not 0 <= index < self._length:
             raise IndexError(f"image {index} of {self._length}")
         try:
-            sample = self._shards[index]
-        except (OSError, RuntimeError, ValueError, IndexError) as error:
+            return self._read(index)
+        except FileNotFoundError as error:
+            self._shard_in_words(index)
+            raise DataError(f"image {index} of {self.path} cannot be read: {error}; start again") from error
+        except OSError as error:
             raise DataError(
-                f"image {index} of {self.path} cannot be read: {error}; check that the shards are still there and whole"
+                f"image {index} of {self.path} cannot be read: {error}; make room on the disk or mend it, then start "
+                "again"
             ) from error
+        except _NOT_AS_WRITTEN as error:
+            if self._fresh(index):
+                return self[index]
+            raise BadImage(
+                f"image {index} of {self.path} cannot be read: {error}.{self._shard_in_words(index)}"
+            ) from error
+
+    def decode(self, index: int) -> tuple[Sample, torch.Tensor]:
+        """One stored image and its pixels, uint8 [3, H, W], see `decode_rgb`.
+
+        Raises:
+            BadImage: it cannot be decoded, although its shard is there and has the right size.
+            DataError: as `__getitem__`.
+        """
+        stored = self[index]
+        try:
+            return stored, decode_rgb(stored.image)
+        except DataError as error:
+            if self._fresh(index):
+                return self.decode(index)
+            raise BadImage(
+                f"image {stored.key!r} (sample {index} of {self.path}) cannot be decoded: {error}."
+                f"{self._shard_in_words(index)}"
+            ) from error
+
+    def fault(self, index: int) -> tuple[str, str]:
+        """Key and what is wrong with an image that somebody else, a worker perhaps, found to be bad."""
+        key = f"image {index}"
+        try:
+            key = self[index].key
+            self.decode(index)
+        except BadImage as error:
+            return key, str(error)
+        return key, f"image {key!r} (sample {index} of {self.path}) could not be decoded, but now can"
+
+    def _read(self, index: int) -> Sample:
+        sample = self._shards[index]
         return Sample(sample["image"], int(sample.get("label", NO_LABEL)), str(sample.get("key", index)))
 
+    def _fresh(self, index: int) -> bool:
+        """Whether a damaged copy of the image's shard was removed, so that reading it again may help."""
+        drop = getattr(self._shards, "drop_if_damaged", None)
+        return drop is not None and drop(self._shards.spanner[index][0])
 
-def open_local(folder: Path) -> Images:
-    """Open a local folder of shards (one with an index.json).
+    def _shard_in_words(self, index: int) -> str:
+        """What a bad image's shard has to do with it, behind a space.
+
+        Raises:
+            DataError: the shard is missing or was cut, which no other image can make good.
+        """
+        shard = self._shards.shards[self._shards.spanner[index][0]]
+        raw = shard.file_pairs[0][0]
+        path = Path(shard.dirname) / raw.basename
+        if reason := damage(path, raw.bytes):
+            raise DataError(f"the shard {path} {reason}; copy it again or convert the images again, then start again")
+        version = (path, path.stat().st_mtime_ns)
+        if version not in self._verdicts:
+            self._verdicts[version] = damage(path, raw.bytes, raw.hashes)
+        if reason := self._verdicts[version]:
+            return f" The shard {path} {reason}: it was damaged; copy it again or convert the images again"
+        return (
+            " Conversion checks every image, so the shards were written by other means, or with another version of "
+            "Pillow: convert them again with `dinocomp convert SRC DST`"
+        )
+
+
+def open_local(folder: Path, keeping: Keeping) -> Images:
+    """Open a local folder of shards (one with an index.json). Compressed ones are unpacked into the cache.
 
     Raises:
         DataError: a shard is missing or has the wrong size, or the index is damaged or empty.
     """
     index = read_index(folder)
-    compressed = any(shard.get("zip_data") for shard in index["shards"])
-    for shard in index["shards"]:
-        check_shard(folder, shard)
-    if compressed:
-        shards = _streaming(None, str(folder))
-    else:
+    check_files(folder, index)
+    if not any(shard.get("zip_data") for shard in index["shards"]):
         from streaming import LocalDataset
 
-        shards = LocalDataset(str(folder))
-    return Images(str(folder), shards, read_manifest(folder), remote=False)
+        return Images(str(folder), LocalDataset(str(folder)), read_manifest(folder))
+    # Not beside the source, where Streaming puts them: that may be somebody else's folder, or read by two runs.
+    text = (folder / INDEX).read_bytes()
+    space = keeping.folder / "unpacked"
+    copies = space / hashlib.sha256(str(folder.resolve()).encode() + text).hexdigest()[:12]
+    put_index(copies, text)
+    shards = _cached(str(folder), copies, space, keeping)
+    return Images(str(folder), shards, read_manifest(folder), block=None if keeping.limit is None else _block(shards))
 
 
-def open_remote(remote: str, split: str, folder: Path) -> Images:
+def open_remote(remote: str, split: str, folder: Path, keeping: Keeping) -> Images:
     """Open shards in an object store, at `remote` or `remote/split`; what is read is kept in `folder`.
 
     Raises:
-        DataError: there is no index at either place, or the store cannot be reached.
+        DataError: there is no index at either place, or the store refuses or cannot be reached.
     """
-    if cached_index(remote, split, folder, fetch=True) is None:
-        reason = _fetch(f"{remote}/{INDEX}", folder / "root" / INDEX)
+    if cached_index(remote, split, folder, ask=True) is None:
+        reason = fetch_json(f"{remote}/{INDEX}", folder / "root" / INDEX)
         raise DataError(
-            f"neither {remote}/{INDEX} nor {remote}/{split}/{INDEX} can be fetched ({reason}); check the address and "
-            "the store's credentials (and its endpoint, e.g. S3_ENDPOINT_URL)"
+            f"neither {remote}/{INDEX} nor {remote}/{split}/{INDEX} can be fetched: {reason}. Shards are written by "
+            "`dinocomp convert SRC DST` and then copied"
         )
     at_root = (folder / "root" / INDEX).is_file()
     where, local = (remote, folder / "root") if at_root else (f"{remote}/{split}", folder / split)
-    reason = _fetch(f"{where}/{MANIFEST}", local / MANIFEST)
-    if reason:  # shards written by other means have none
-        print(f"{where} has no {MANIFEST} ({reason}): its classes have no names", file=sys.stderr, flush=True)
-    return Images(where, _streaming(where, str(local)), read_manifest(local), remote=True)
+    if reason := fetch_json(f"{where}/{MANIFEST}", local / MANIFEST):  # shards written by other means have none
+        log.info("the classes of %s have no names: %s", where, reason)
+    shards = _cached(where, local, keeping.folder / "remote", keeping)
+    return Images(where, shards, read_manifest(local), block=_block(shards))
 
 
-def cached_index(
-    remote: str, split: str, folder: Path, *, fetch: bool = False, exact: bool = False
-) -> dict[str, Any] | None:
-    """The index of a remote's shards, at `remote` or `remote/split` (`exact`: only there).
+def _cached(source: str, folder: Path, space: Path, keeping: Keeping) -> Any:
+    from dinocomp.data.cache import CachedShards  # Streaming takes seconds to import
 
-    Without `fetch` only one fetched earlier is looked at. None if there is none.
-    """
-    places = [(remote, folder / "root"), (f"{remote}/{split}", folder / split)]
-    for where, local in places[1:] if exact else places:
-        if (local / INDEX).is_file() or (fetch and not _fetch(f"{where}/{INDEX}", local / INDEX)):
-            return read_index(local)
-    return None
+    patience = _PATIENCE * keeping.timeout_seconds
+    return CachedShards(source, folder, space=space, limit=keeping.limit, patience=patience)
 
 
-def _fetch(remote: str, local: Path) -> str:
-    """Get one small file from an object store, all or nothing; gives the reason where that fails, else ""."""
-    from streaming.base.storage.download import CloudDownloader
-
-    if local.is_file():
-        return ""
-    local.parent.mkdir(parents=True, exist_ok=True)
-    temporary = local.with_name(f"{local.name}.{os.getpid()}")
-    try:
-        CloudDownloader.direct_download(remote, str(temporary), timeout=60.0)
-        temporary.replace(local)
-        return ""
-    except Exception as error:  # every store's client has errors of its own, also for "no such file"
-        temporary.unlink(missing_ok=True)
-        return f"{type(error).__name__}: {error}"
-
-
-@cache
-def _streaming(remote: str | None, local: str) -> Any:
-    """One StreamingDataset a process for a folder: Streaming refuses a second one."""
-    from streaming import StreamingDataset
-
-    hashed = all("xxh64" in shard.get("hashes", ()) for shard in read_index(Path(local))["shards"])
-    return StreamingDataset(remote=remote, local=local, batch_size=1, validate_hash="xxh64" if hashed else None)
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """Streaming's index of a folder of shards, checked to be one with at least one sample."""
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        samples = sum(shard["samples"] for shard in index["shards"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); copy it again or convert the images again") from None
-    if samples == 0:
-        raise DataError(f"{path} lists no samples; convert some images with `dinocomp convert SRC DST`")
-    return index
-
-
-def check_shard(folder: Path, shard: dict[str, Any]) -> None:
-    """Missing shards would end an epoch early or hang a worker, so they are found before training."""
-    forms = [form for form in (shard["raw_data"], shard.get("zip_data")) if form]
-    sizes = {}
-    for form in forms:
-        path = folder / form["basename"]
-        sizes[path] = os.path.getsize(path) if path.is_file() else None
-        if sizes[path] == form["bytes"]:
-            return
-    found = "; ".join(f"{path} {'is missing' if s is None else f'has {s} bytes'}" for path, s in sizes.items())
-    raise DataError(
-        f"{found}; {folder / INDEX} says {forms[-1]['bytes']} bytes. Copy the shard again, or delete {folder} and "
-        "convert the images again"
-    )
+def _block(shards: Any) -> int:
+    """Samples to shuffle together; says what a limit makes of them."""
+    block = shards.block(_REMOTE_BLOCK)
+    if block < min(_REMOTE_BLOCK, shards.num_samples):
+        log.info(
+            "note: data.cache_limit allows shuffling among about %d of the %d images of %s at a time, of randomly "
+            "chosen shards",
+            block,
+            shards.num_samples,
+            shards.source,
+        )
+    return block

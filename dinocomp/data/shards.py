@@ -1,51 +1,28 @@
 """What `train.dataset_path` may say, and opening it: shards are found, or written on first use."""
 
-import hashlib
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dinocomp.data.address import Address, cache_folder, mark, parse
 from dinocomp.data.convert import convert, listing_digest, read_manifest
-from dinocomp.data.listing import DIGITS, Source
-from dinocomp.data.reader import INDEX, Images, cached_index, check_shard, open_local, open_remote, read_index
-from dinocomp.data.report import MANIFEST
-from dinocomp.data.sources import SPLITS, find_sources, parse_reference
-from dinocomp.data.tars import TAR_ENDINGS
+from dinocomp.data.index import INDEX, cached_index, check_files, read_index
+from dinocomp.data.listing import Source
+from dinocomp.data.reader import Images, Keeping, open_local, open_remote
 from dinocomp.errors import DataError
-from dinocomp.hints import missing, obstacle
+from dinocomp.hints import obstacle
 
-GRAMMAR = (
-    "a folder of shards, a folder with train/ and val/ shards, a remote such as s3://bucket/path, a folder of images, "
-    "a .tar file, ImageNet:split=TRAIN:root=ROOT:extra=EXTRA, or digits"
-)
-STORES = ("s3", "gs", "oci", "azure", "azure-dl", "dbfs", "sftp", "hf", "alipan")  # what Streaming fetches from
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Address:
-    """One `dataset_path`, understood. Exactly one of the fields `remote`, `shards` and `find` is set.
-
-    Attributes:
-        text: as it was given.
-        split: the wanted split.
-        remote: an address in an object store.
-        shards: split -> local folder of shards.
-        find: lists the images that have to be converted.
-        home: where their shards go.
-    """
-
-    text: str
-    split: str
-    remote: str = ""
-    shards: dict[str, Path] | None = None
-    find: Callable[[], dict[str, Source]] | None = None
-    home: Path = Path()
-
-
-def open_images(dataset_path: str, *, split: str = "train", cache_dir: str = "") -> Images:
+def open_images(
+    dataset_path: str,
+    *,
+    split: str = "train",
+    cache_dir: str = "",
+    cache_limit: int | None = None,
+    timeout_seconds: float = 0,
+) -> Images:
     """Open one split of a dataset, converting it first where it is not in shards yet.
 
     On several ranks all must call it: one converts, the others wait.
@@ -54,14 +31,18 @@ def open_images(dataset_path: str, *, split: str = "train", cache_dir: str = "")
         dataset_path: see `GRAMMAR`. Something with one split only is taken whatever `split` says.
         split: "train", "val" or "test"; an `ImageNet:split=…` string names its own.
         cache_dir: for converted and fetched shards; "" for $XDG_CACHE_HOME/dinocomp or ~/.cache/dinocomp.
+        cache_limit: bytes that fetched shards may take there; None for all of them.
+        timeout_seconds: how long a batch may take, and so an outage of an object store; 0 for ever.
 
     Raises:
-        DataError: nothing there, no images, damaged or missing shards, or no such split.
+        DataError: nothing there, no images, damaged or missing shards, no such split, a cache limit that is too small,
+            or a store that refuses or does not answer.
     """
     address = parse(dataset_path, split, cache_dir)
+    keeping = Keeping(cache_folder(cache_dir), cache_limit, timeout_seconds)
     if address.remote:
-        return open_remote(address.remote, address.split, address.home)
-    return open_local(Path(ensure_shards(dataset_path, cache_dir, split)))
+        return open_remote(address.remote, address.split, address.home, keeping)
+    return open_local(Path(ensure_shards(dataset_path, cache_dir, split)), keeping)
 
 
 def ensure_shards(dataset_path: str, cache_dir: str = "", split: str = "train") -> str:
@@ -145,8 +126,7 @@ def _look(dataset_path: str, split: str, cache_dir: str) -> tuple[int | None, bo
     if address.shards is not None:
         folder = _pick(address.shards, address)
         index, manifest = read_index(folder), read_manifest(folder)
-        for shard in index["shards"]:
-            check_shard(folder, shard)
+        check_files(folder, index)
         return _samples(index), manifest["labelled"] if manifest else None, None
     sources = address.find()
     source, home = _pick(sources, address), _home(address, sources)
@@ -170,12 +150,12 @@ def _other_split(split: str, dataset_path: str, cache_dir: str) -> None:
 
 
 def evaluation_pair(
-    dataset_path: str, train_path: str = "", val_path: str = "", cache_dir: str = ""
+    dataset_path: str, train_path: str = "", val_path: str = "", cache_dir: str = "", **opening: Any
 ) -> tuple[Images, Images] | None:
     """Labelled images to evaluate with: (those that are searched or fitted, those that are scored).
 
     The given paths, where there are any; else the training data's own `train` and `val` (also where `dataset_path` is
-    the `train` folder beside a `val`), if both have labels; else None.
+    the `train` folder beside a `val`), if both have labels; else None. `opening` is for `open_images`.
 
     Raises:
         DataError: only one path is given and the training data have no such split, or a given path has no labels.
@@ -184,100 +164,23 @@ def evaluation_pair(
     if not train_path and not val_path:
         if not {"train", "val"} <= _splits(dataset_path, cache_dir):
             return None
-        pair = tuple(_open_split(dataset_path, split, cache_dir) for split in ("train", "val"))
+        pair = tuple(_open_split(dataset_path, split, cache_dir, **opening) for split in ("train", "val"))
         return pair if all(images.labelled for images in pair) else None
     pair = []
     for split, path in (("train", train_path), ("val", val_path)):
         key = f"evaluation.{split}_dataset_path"
         if not path:
             _other_split(split, dataset_path, cache_dir)
-        images = open_images(path, split=split, cache_dir=cache_dir) if path else None
-        images = images or _open_split(dataset_path, split, cache_dir)
+        images = open_images(path, split=split, cache_dir=cache_dir, **opening) if path else None
+        images = images or _open_split(dataset_path, split, cache_dir, **opening)
         if not images.labelled:
             raise DataError(_UNLABELLED.format(key=key, path=path or images.path))
         pair.append(images)
     return pair[0], pair[1]
 
 
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/dinocomp or ~/.cache/dinocomp."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinocomp"
-
-
-def parse(dataset_path: str, split: str = "train", cache_dir: str = "") -> Address:
-    """Understand a `dataset_path`; looks at the file system, but lists, writes and fetches nothing.
-
-    Raises:
-        DataError: nothing there, or not in the `GRAMMAR`.
-    """
-    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
-    if split not in SPLITS:
-        raise DataError(f"the split {split!r} is not known; use one of {', '.join(SPLITS)}")
-    if not dataset_path:
-        raise DataError(f"it is empty; give {GRAMMAR}")
-    if dataset_path == DIGITS:
-        return Address(DIGITS, split, find=lambda: find_sources(DIGITS), home=cache / DIGITS)
-    name, colon, _ = dataset_path.partition(":")
-    if name == "ImageNet22k" and (colon or not Path(name).exists()):
-        raise DataError(
-            "ImageNet22k is not read in the reference's layout (memory-mapped tars with hand-made indices); convert "
-            "its tar files once with `dinocomp convert FOLDER_OF_TARS DST` and set train.dataset_path=DST"
-        )
-    if name == "ImageNet" and (colon or not Path(name).exists()):
-        return _reference(dataset_path, cache)
-    if "://" in dataset_path and not dataset_path.startswith("file://"):
-        if name not in STORES:
-            raise DataError(
-                f"{name}:// is not a store that shards are fetched from ({', '.join(STORES)}); for images on the web, "
-                "download them and give the folder"
-            )
-        remote = dataset_path.rstrip("/")
-        return Address(dataset_path, split, remote=remote, home=cache / "remote" / _mark(remote))
-    root = Path(dataset_path.removeprefix("file://")).expanduser()
-    if not root.exists():
-        raise DataError(f"{_absent(dataset_path, root)} Give {GRAMMAR}")
-    for folder in (root, *(root / name for name in SPLITS)):
-        if not (folder / INDEX).is_file() and ((folder / MANIFEST).is_file() or any(folder.glob("*.mds*"))):
-            raise DataError(
-                f"{folder} holds shards, but their index, {folder / INDEX}, is missing; copy it again, or delete the "
-                "folder and convert the images again"
-            )
-    if (root / INDEX).is_file():
-        return Address(dataset_path, split, shards={"": root})
-    shards = {name: root / name for name in SPLITS if (root / name / INDEX).is_file()}
-    if shards:
-        return Address(dataset_path, split, shards=shards)
-    if root.is_dir() and any(root.glob(".*.partial")):
-        raise DataError(
-            f"{root} holds a conversion that was interrupted; run the same `dinocomp convert SRC {root}` again, "
-            "it goes on where it stopped"
-        )
-    if root.is_file() and not root.name.lower().endswith(TAR_ENDINGS):
-        raise DataError(f"{root} is a file that cannot be read as a dataset; give {GRAMMAR}")
-    home = cache / "converted" / f"{root.resolve().name or 'root'}-{_mark(str(root.resolve()))}"
-    return Address(dataset_path, split, find=lambda: find_sources(root), home=home)
-
-
-def _absent(text: str, root: Path) -> str:
-    """What was likely meant by a path that does not exist."""
-    name, colon, rest = text.partition(":")
-    for known in (DIGITS, "ImageNet"):
-        if name.lower() == known.lower():
-            return f"{root} does not exist. Did you mean {known}{colon}{rest}?"
-    if name in STORES and colon:
-        return f"{root} does not exist. Did you mean {name}://{rest.lstrip('/')}?"
-    return missing(root)
-
-
-def _reference(text: str, cache: Path) -> Address:
-    """`ImageNet:split=TRAIN:root=ROOT:extra=EXTRA`, the reference's grammar."""
-    split, root, extra = parse_reference(text)
-    home = extra / "dinocomp-shards" if extra else cache / "converted" / f"ImageNet-{_mark(str(root.resolve()))}"
-    return Address(text, split, find=lambda: find_sources(root, extra), home=home)
-
-
 def _home(address: Address, sources: dict[str, Source]) -> Path:
-    return address.home / _mark("".join(listing_digest(sources[split]) for split in sorted(sources)))
+    return address.home / mark("".join(listing_digest(sources[split]) for split in sorted(sources)))
 
 
 def _pick(splits: Mapping[str, T], address: Address) -> T:
@@ -299,7 +202,7 @@ def _pick(splits: Mapping[str, T], address: Address) -> T:
 def _splits(dataset_path: str, cache_dir: str) -> set[str]:
     address = parse(dataset_path, "train", cache_dir)
     if address.remote:
-        found = (cached_index(address.remote, name, address.home, fetch=True, exact=True) for name in ("train", "val"))
+        found = (cached_index(address.remote, name, address.home, ask=True, exact=True) for name in ("train", "val"))
         return {"train", "val"} if all(found) else {"train"}
     splits = address.shards if address.shards is not None else address.find()
     return {split or "train" for split in splits}
@@ -312,13 +215,9 @@ def _family(dataset_path: str) -> str:
     return parent if name == "train" and parent and is_split else dataset_path
 
 
-def _open_split(dataset_path: str, split: str, cache_dir: str) -> Images:
+def _open_split(dataset_path: str, split: str, cache_dir: str, **opening: Any) -> Images:
     """A split of the training data, also where they are given as `ImageNet:split=TRAIN:…`."""
     if dataset_path.startswith("ImageNet:"):
         parts = [part for part in dataset_path.split(":") if not part.startswith("split=")]
         dataset_path = ":".join([parts[0], f"split={split.upper()}", *parts[1:]])
-    return open_images(dataset_path, split=split, cache_dir=cache_dir)
-
-
-def _mark(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return open_images(dataset_path, split=split, cache_dir=cache_dir, **opening)

@@ -1,38 +1,52 @@
 """Features of images from a frozen backbone."""
 
+import logging
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from dinocomp.data import Images, decode_rgb, evaluation_view
-from dinocomp.data.workers import leave_signals_to_parent
+from dinocomp.data import BadImage, Images, PlainLoader, evaluation_view
+from dinocomp.data.listing import NO_LABEL
+from dinocomp.errors import DataError
 from dinocomp.models import VisionTransformer
+
+_NAMED = 3  # of the images left out
+
+log = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
-    """Class tokens of n images."""
+    """Class tokens of n images; zeros with the label -1 for one that could not be decoded and is left out."""
 
     vectors: Tensor  # [n, D] fp32, on the CPU
     labels: Tensor  # [n] int64
 
 
 class _Views(Dataset):
-    """The evaluation view and label of the images whose number is `rank` modulo `world_size`."""
+    """The evaluation view and label of the images whose number is `rank` modulo `world_size`.
 
-    def __init__(self, images: Images, resize: int, crop: int, rank: int, world_size: int) -> None:
-        self.images, self.resize, self.crop = images, resize, crop
+    With `skip_bad`, one that cannot be decoded is black and has the label -1.
+    """
+
+    def __init__(self, images: Images, resize: int, crop: int, rank: int, world_size: int, skip_bad: bool) -> None:
+        self.images, self.resize, self.crop, self.skip_bad = images, resize, crop, skip_bad
         self.index = range(rank, len(images), world_size)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        sample = self.images[self.index[i]]
-        return evaluation_view(decode_rgb(sample.image), self.resize, self.crop), sample.label
+        try:
+            sample, pixels = self.images.decode(self.index[i])  # pixels: uint8 [3, H, W]
+        except BadImage:
+            if not self.skip_bad:
+                raise
+            return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), NO_LABEL
+        return evaluation_view(pixels, self.resize, self.crop), sample.label
 
 
 @torch.no_grad()
@@ -47,6 +61,7 @@ def extract_features(
     num_workers: int = 0,
     timeout_seconds: float = 0,
     autocast: torch.dtype | None = None,
+    skip_bad: bool = False,
 ) -> Features:
     """Class tokens of this rank's share of the images: those whose number is `rank` modulo the world size.
 
@@ -58,16 +73,19 @@ def extract_features(
         normalize: uint8 images to the network's input.
         timeout_seconds: fail when a worker takes longer than this for a batch; 0 waits for ever.
         autocast: number type to compute in; None for that of the weights.
+        skip_bad: whether an image that cannot be decoded is left out (and logged); else it is an error.
+
+    Raises:
+        DataError: no image of any rank could be decoded, or one could not and is not to be left out.
     """
     device = backbone.cls_token.device
-    views = _Views(images, resize, crop, dist.get_global_rank(), dist.get_world_size())
+    views = _Views(images, resize, crop, dist.get_global_rank(), dist.get_world_size(), skip_bad)
     workers = num_workers if len(views) > batch_size else 0
-    loader = DataLoader(
+    loader = PlainLoader(
         views,
         batch_size,
         num_workers=workers,
         timeout=timeout_seconds if workers else 0,
-        worker_init_fn=leave_signals_to_parent,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws a seed from the global one
     )
@@ -77,7 +95,21 @@ def extract_features(
             tokens = backbone(normalize(pixels.to(device, non_blocking=True)))
             vectors.append(tokens.cls.float().cpu())  # [b, D]
             labels.append(label)
-    return Features(torch.cat(vectors), torch.cat(labels))
+    features = Features(torch.cat(vectors), torch.cat(labels))
+    features.vectors[features.labels == NO_LABEL] = 0.0
+    mine = [views.index[i] for i in (features.labels == NO_LABEL).nonzero().flatten().tolist()]
+    left_out = sorted(number for part in dist.all_gather_object(mine) for number in part)
+    if len(left_out) == len(images):
+        raise DataError(f"none of the {len(images)} images of {images.path} can be decoded; convert them again")
+    if left_out and dist.get_global_rank() == 0:
+        log.warning(
+            "warning: %d of %d images of %s are left out of the evaluation: %s",
+            len(left_out),
+            len(images),
+            images.path,
+            "; ".join(images.fault(number)[1] for number in left_out[:_NAMED]),
+        )
+    return features
 
 
 def gather_features(mine: Features, total: int, chunk: int = 16384) -> Features:

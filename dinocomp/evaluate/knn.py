@@ -26,7 +26,8 @@ def knn_accuracy(
     On several ranks each gives its share of `val`; what is right is counted over all of them.
 
     Args:
-        train, val: features and labels; every label of `val` should occur in `train`.
+        train, val: features and labels; every label of `val` should occur in `train`. Images with the label -1 are
+            left out.
         ks: how many neighbours vote. A k beyond the training images counts all of them.
         device: where to compare, and for several ranks one that the process group can add on.
         chunk: queries at a time; `chunk` x training images numbers are in memory at once.
@@ -34,6 +35,7 @@ def knn_accuracy(
     Returns:
         k -> share of `val` classified right, in [0, 1].
     """
+    train, val = _kept(train), _kept(val)
     keys = F.normalize(train.vectors.to(device).float(), dim=-1)  # [n, D]
     key_labels = train.labels.to(device)  # [n]
     num_classes = int(train.labels.max()) + 1
@@ -51,3 +53,8 @@ def knn_accuracy(
         counts[-1] += len(query)
     *right, total = all_reduce(counts).tolist()
     return {k: count / total for k, count in zip(ks, right, strict=True)}
+
+
+def _kept(features: Features) -> Features:
+    kept = features.labels >= 0
+    return Features(features.vectors[kept], features.labels[kept])

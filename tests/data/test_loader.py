@@ -1,5 +1,8 @@
+import os
 import pickle
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +104,8 @@ def test_remote_order_visits_shards_one_after_another() -> None:
     assert sorted(drawn) == list(range(1000)) and not np.array_equal(drawn, shard_permutation(sizes, 0, 2, block=40))
     window = [len(set(drawn[i : i + 100] // 20)) for i in range(0, 1000, 100)]
     assert max(window) <= 12  # of 50
-    ordered = [sample for *_, sample in order(samples=1000, shard_sizes=sizes, iterations=250)]
-    assert ordered == list(shard_permutation(sizes, 0, 0))
+    ordered = [sample for *_, sample in order(samples=1000, shard_sizes=sizes, block=40, iterations=250)]
+    assert ordered == list(shard_permutation(sizes, 0, 0, 40))
 
 
 def test_no_images() -> None:
@@ -118,6 +121,7 @@ def test_batch_fields(images: Images) -> None:
         "local_crops": ((4, 2, 3, 8, 8), torch.uint8),
         "masks": ((4, 2, 64), torch.bool),
         "index": ((4,), torch.int64),
+        "replaced": ((4,), torch.int64),
     }
 
 
@@ -203,7 +207,7 @@ def test_no_masks_and_no_local_crops(images: Images) -> None:
 class FewImages:
     """Stored images without shards."""
 
-    path, remote, shard_sizes = Path("elsewhere"), False, np.array([1])
+    path, block, shard_sizes = Path("elsewhere"), None, np.array([1])
 
     def __init__(self, samples: list[Sample]) -> None:
         self.samples = samples
@@ -211,12 +215,26 @@ class FewImages:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
+    def decode(self, index: int) -> tuple[Sample, torch.Tensor]:
+        return self.samples[index], decode_rgb(self.samples[index].image)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_undecodable_image_is_named(workers: int) -> None:
-    broken = FewImages([Sample(b"\x89PNG\r\n\x1a\nnothing", -1, "folder/cat.png")])
-    with pytest.raises(DataError, match=r"folder/cat\.png"):
-        list(loader(broken, num_workers=workers))
+class Stubborn(FewImages):
+    """The worker that decodes sample 0 sleeps, or is killed."""
+
+    def __init__(self, samples: list[Sample], act: Callable[[], None]) -> None:
+        super().__init__(samples)
+        self.act = act
+
+    def decode(self, index: int) -> tuple[Sample, torch.Tensor]:
+        self.act()
+        return super().decode(index)
+
+
+def test_a_worker_that_hangs_or_dies_is_a_message(images: Images) -> None:
+    for act, words in (
+        (lambda: time.sleep(60), r"no batch for data\.timeout_seconds=1.*the run resumes"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"a data worker died.*train\.num_workers"),
+    ):
+        with pytest.raises(DataError, match=words):
+            list(loader(Stubborn([images[0]], act), num_workers=1, timeout_seconds=1))

@@ -1,43 +1,17 @@
-import functools
-import http.server
-import json
 import multiprocessing
 import pickle
 import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dinocomp.data import CropSettings, MaskSettings, decode_rgb, training_loader
+from dinocomp.data import CropSettings, MaskSettings, training_loader
+from dinocomp.data.address import default_cache
 from dinocomp.data.convert import convert
-from dinocomp.data.shards import count_images, default_cache, ensure_shards, evaluation_pair, open_images
+from dinocomp.data.shards import count_images, ensure_shards, evaluation_pair, open_images
 from dinocomp.errors import DataError
 
-NAMES = [f"{c}/{c}_{n}.png" for c in ("n1", "n2") for n in range(5)]
-SPLITS = [f"train/{name}" for name in NAMES] + ["val/n1/n1_8.png", "val/n2/n2_9.png"]
-
-
-@pytest.fixture
-def layout(tmp_path: Path, write_images) -> Path:
-    write_images(tmp_path / "layout", SPLITS)
-    return tmp_path / "layout"
-
-
-@pytest.fixture
-def shards(layout: Path, tmp_path: Path) -> Path:
-    convert(str(layout), str(tmp_path / "shards"), workers=1, progress=False, part_images=4)
-    return tmp_path / "shards"
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> str:
-    return str(tmp_path / "cache")
-
-
-def keys(images) -> list[str]:
-    return sorted(images[i].key for i in range(len(images)))
+from .conftest import NAMES, keys
 
 
 def test_folder_of_shards_and_its_parent(shards: Path, cache: str) -> None:
@@ -125,11 +99,18 @@ def test_missing_and_short_shards_are_found_at_once(shards: Path) -> None:
     shard = shards / "train" / "part-00001" / "shard.00000.mds"
     data = shard.read_bytes()
     shard.write_bytes(data[:-1])
-    with pytest.raises(DataError, match=rf"{shard} has {len(data) - 1} bytes.*says {len(data)} bytes"):
+    with pytest.raises(DataError, match=rf"{shard} has {len(data) - 1} bytes.*should have {len(data)} according"):
         open_images(str(shards))
     shard.unlink()
     with pytest.raises(DataError, match=f"{shard} is missing"):
         open_images(str(shards))
+
+
+def test_missing_index(shards: Path) -> None:
+    (shards / "train" / "index.json").unlink()
+    for path in (shards / "train", shards):
+        with pytest.raises(DataError, match=rf"{shards}/train holds shards, but no index\.json.*copy it again"):
+            open_images(str(path))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2, "shards": []}'])
@@ -172,8 +153,28 @@ def test_images_survive_pickling_and_fork(layout: Path, tmp_path: Path, compress
     child.start()
     assert sorted(results.get(timeout=60)) == sorted(NAMES)
     child.join()
-    if compression is None:
-        assert keys(pickle.loads(pickle.dumps(images))) == sorted(NAMES)
+    assert keys(pickle.loads(pickle.dumps(images))) == sorted(NAMES)
+
+
+def test_compressed_shards_are_unpacked_into_the_cache(layout: Path, tmp_path: Path, cache: str) -> None:
+    """Not beside the source, and anew when that changed."""
+    convert(str(layout), str(tmp_path / "dst"), workers=1, progress=False, compression="zstd", part_images=4)
+    before = {path: path.read_bytes() for path in tmp_path.joinpath("dst").rglob("*") if path.is_file()}
+    images = open_images(str(tmp_path / "dst"), cache_dir=cache)
+    assert keys(images) == sorted(NAMES) and not images.remote
+    assert {path: path.read_bytes() for path in tmp_path.joinpath("dst").rglob("*") if path.is_file()} == before
+    assert len(list(Path(cache).rglob("*.mds"))) == 3
+    shard = sorted((tmp_path / "dst" / "train").rglob("*.zstd"))[0]
+    data = shard.read_bytes()
+    shutil.rmtree(cache)
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 255]))
+    with pytest.raises(DataError, match=rf"{shard.name} of .* does not match its hash"):
+        keys(open_images(str(tmp_path / "dst"), cache_dir=cache))
+    shard.unlink()
+    with pytest.raises(DataError, match=f"the shard {shard} is missing"):
+        keys(images)
+    with pytest.raises(DataError, match=f"{shard} is missing"):
+        open_images(str(tmp_path / "dst"), cache_dir=cache)
 
 
 @pytest.mark.slow
@@ -217,75 +218,3 @@ def test_default_cache(monkeypatch, tmp_path: Path) -> None:
     assert default_cache() == tmp_path / "dinocomp"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache() == Path.home() / ".cache" / "dinocomp"
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    asked: list[str]
-
-    def log_message(self, *_) -> None:
-        self.asked.append(f"{self.command} {self.path}")
-
-
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch) -> Iterator[tuple[Path, list[str]]]:
-    """A folder served as an object store that boto can read: GET and HEAD of objects are all it takes."""
-    folder, asked = tmp_path / "store", []
-    (folder / "bucket").mkdir(parents=True)
-    handler = functools.partial(type("Handler", (Quiet,), {"asked": asked}), directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for key, value in {
-        "S3_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(key, value)
-    yield folder / "bucket", asked
-    server.shutdown()
-
-
-def test_remote(bucket, shards: Path, cache: str) -> None:
-    store, asked = bucket
-    shutil.copytree(shards, store / "data")
-    address = "s3://bucket/data"
-    assert count_images(address, cache) is None
-    images = open_images(address, cache_dir=cache)
-    assert images.remote and len(images) == 10 == count_images(address, cache)
-    assert images.labelled and [entry.id for entry in images.classes] == ["n1", "n2"]
-    assert not any(".mds" in line for line in asked)  # nothing is fetched before it is needed
-    assert keys(images) == sorted(NAMES) and decode_rgb(images[0].image).shape == (3, 16, 20)
-    pair = evaluation_pair(address, cache_dir=cache)
-    assert [len(part) for part in pair] == [10, 2]
-    assert keys(open_images(f"{address}/val", cache_dir=cache)) == ["n1/n1_8.png", "n2/n2_9.png"]
-
-
-def test_remote_loader(bucket, shards: Path, cache: str) -> None:
-    store, _ = bucket
-    shutil.copytree(shards / "train", store / "plain")
-    images = open_images("s3://bucket/plain", cache_dir=cache)
-    settings = {"crops": CropSettings(global_crops_size=16, local_crops_size=8), "masks": MaskSettings((4, 4))}
-    loader = training_loader(images, **settings, batch_size=5, iterations=4, num_workers=2, timeout_seconds=60)
-    index = [number for batch in loader for number in batch["index"].tolist()]
-    assert sorted(index[:10]) == sorted(index[10:]) == list(range(10))
-
-
-def test_remote_that_is_not_there(bucket, cache: str) -> None:
-    with pytest.raises(DataError, match=r"s3://bucket/nothing/index\.json.*S3_ENDPOINT_URL"):
-        open_images("s3://bucket/nothing", cache_dir=cache)
-    with pytest.raises(DataError, match="ftp3"):
-        open_images("ftp3://bucket/nothing", cache_dir=cache)
-
-
-def test_a_damaged_download_is_noticed(bucket, shards: Path, cache: str) -> None:
-    store, _ = bucket
-    shutil.copytree(shards / "train", store / "bad")
-    index = json.loads((store / "bad" / "index.json").read_text())
-    shard = store / "bad" / index["shards"][0]["raw_data"]["basename"]
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 255
-    shard.write_bytes(data)
-    images = open_images("s3://bucket/bad", cache_dir=cache)
-    with pytest.raises(DataError, match="image 0 of s3://bucket/bad"):
-        images[0]

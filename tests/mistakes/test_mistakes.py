@@ -147,7 +147,11 @@ ROWS = [
     ("train tiny.yaml train.dataset_path=Imagenet:root=photos", "does not exist", "Did you mean ImageNet:root=photos?"),
     ("train tiny.yaml train.dataset_path=s3:/bucket/x", "s3:/bucket/x does not", "Did you mean s3://bucket/x?"),
     ("train tiny.yaml train.dataset_path=https://a.b/c.tar", "https:// is not a store", "download them"),
-    ("train tiny.yaml checkpoint.keep_every=10 checkpoint.save_frequency=3", "only some", "type checkpoint.keep_every=12"),
+    (
+        "train tiny.yaml checkpoint.keep_every=10 checkpoint.save_frequency=3",
+        "only some",
+        "type checkpoint.keep_every=12",
+    ),
     ("train tiny.yaml MODEL.KEEP_ITERATION=true", "no weights whose iteration", "MODEL.WEIGHTS=PATH"),
     ("train tiny.yaml train.dataset_path=empty", "no images found in empty", "images end in"),
     ("train tiny.yaml train.dataset_path=texts", "no images found in texts (files of other kinds: 1)", "images end in"),
