@@ -1,5 +1,6 @@
 """Data workers: what they raise, and what they make of signals."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -72,6 +73,7 @@ def leave_signals_to_parent(worker_id: int) -> None:
 
 def _leave_with_parent() -> None:
     """SIGTERM from the training process is how torch ends its workers; from anybody else it is no news."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()  # of a worker that a server has forked, not what the system calls so
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
