@@ -43,7 +43,7 @@ class BadImages(Callback):
             if sample not in self.met:  # two ranks may meet one in the same batch
                 self.met[sample] = key
                 if dist.get_global_rank() == 0:
-                    log.warning("warning: another image is shown in its place: %s", reason)
+                    log.warning("another image is shown in its place: %s", reason)
         if len(self.met) > self.most:
             last = ", ".join(repr(key) for key in list(self.met.values())[-_LAST:])
             raise DataError(

@@ -168,5 +168,7 @@ def cache_limit(config: Config) -> int | None:
         return None
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgtp]?b)?", text)
     if size is None:
-        raise ConfigError(f"{config.data.cache_limit!r} is not a size; type a number and a unit, e.g. 500gb")
+        raise ConfigError(
+            f"{config.data.cache_limit!r} is not a size; type data.cache_limit=500gb (b, kb, mb, gb, tb or pb), or ''"
+        )
     return int(float(size[1]) * 1024 ** _UNITS[size[2] or "b"])

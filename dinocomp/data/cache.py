@@ -113,7 +113,7 @@ class CachedShards(LocalDataset):
         path, (raw, _) = self._path(number), self.shards[number].file_pairs[0]
         reason = damage(path, raw.bytes, raw.hashes) if path.is_file() else ""
         if reason:
-            log.warning("warning: the copy %s %s; it is fetched again", path, reason)
+            log.warning("the copy %s %s; it is fetched again", path, reason)
             path.unlink(missing_ok=True)
         return bool(reason)
 
@@ -134,7 +134,7 @@ class CachedShards(LocalDataset):
                 reason = damage(where, info.bytes, info.hashes)
                 if not reason:
                     break
-                log.warning("warning: %s as it came from %s %s", info.basename, self.source, reason)
+                log.warning("%s as it came from %s %s", info.basename, self.source, reason)
             else:
                 raise DataError(
                     f"the shard {info.basename} of {self.source} {reason}: it is damaged there; copy it there again or "

@@ -97,7 +97,7 @@ def fetch_json(address: str, local: Path) -> str:
     except FileNotFoundError:
         local.parent.mkdir(parents=True, exist_ok=True)
     except ValueError:
-        log.warning("warning: the copy %s is damaged; it is fetched again", local)
+        log.warning("the copy %s is damaged; it is fetched again", local)
     with tempfile.TemporaryDirectory(dir=local.parent, prefix=".fetching-") as folder:
         try:
             Downloads(address).fetch(address, Path(folder) / local.name)

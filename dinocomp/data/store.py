@@ -92,7 +92,7 @@ def patiently(attempt: Callable[[], None], what: str, patience: float) -> None:
                     f"{what} could not be fetched for {waited:.0f} s: {error}. Start again when the store answers (the "
                     "run resumes), or raise data.timeout_seconds to wait longer"
                 ) from error
-            log.warning("warning: %s: %s; trying again in %.0f s", what, error, pause)
+            log.warning("%s: %s; trying again in %.0f s", what, error, pause)
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
     if pause > _FIRST_PAUSE:

@@ -103,7 +103,7 @@ def extract_features(
         raise DataError(f"none of the {len(images)} images of {images.path} can be decoded; convert them again")
     if left_out and dist.get_global_rank() == 0:
         log.warning(
-            "warning: %d of %d images of %s are left out of the evaluation: %s",
+            "%d of %d images of %s are left out of the evaluation: %s",
             len(left_out),
             len(images),
             images.path,

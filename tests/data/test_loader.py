@@ -1,6 +1,8 @@
+import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -238,3 +240,22 @@ def test_a_worker_that_hangs_or_dies_is_a_message(images: Images) -> None:
     ):
         with pytest.raises(DataError, match=words):
             list(loader(Stubborn([images[0]], act), num_workers=1, timeout_seconds=1))
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_leave_with_their_parent_only(images: Images, method: str) -> None:
+    """Signals of others are no news to them; the training process can still end them."""
+    slow = loader(images, num_workers=2, iterations=20)
+    slow.multiprocessing_context = method
+    batches = iter(slow)
+    next(batches)
+    workers = multiprocessing.active_children()[-2:]
+    numbers = ("TERM", "INT", "USR1")
+    for worker in workers:
+        for number in numbers:
+            subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    assert len([*batches]) == 19
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0

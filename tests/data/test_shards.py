@@ -109,7 +109,7 @@ def test_missing_and_short_shards_are_found_at_once(shards: Path) -> None:
 def test_missing_index(shards: Path) -> None:
     (shards / "train" / "index.json").unlink()
     for path in (shards / "train", shards):
-        with pytest.raises(DataError, match=rf"{shards}/train holds shards, but no index\.json.*copy it again"):
+        with pytest.raises(DataError, match=rf"{shards}/train holds shards, but their index.*copy it again"):
             open_images(str(path))
 
 
