@@ -168,7 +168,5 @@ def cache_limit(config: Config) -> int | None:
         return None
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgtp]?b)?", text)
     if size is None:
-        raise ConfigError(
-            f"{config.data.cache_limit!r} is not a size; type data.cache_limit=500gb (b, kb, mb, gb, tb or pb), or ''"
-        )
+        raise ConfigError("not a size; type data.cache_limit=500gb (b, kb, mb, gb, tb or pb), or ''")
     return int(float(size[1]) * 1024 ** _UNITS[size[2] or "b"])
