@@ -89,9 +89,10 @@ def limit_file_size_from(iteration: int, size: int) -> None:
     _at_iteration(iteration, limit)
 
 
-def signal_at_iteration(iteration: int, number: signal.Signals) -> None:
-    """This process gets a signal while it is in an iteration (counted from 1)."""
-    _at_iteration(iteration, lambda: os.kill(os.getpid(), number))
+def signal_at_iteration(iteration: int, number: signal.Signals, rank: int = -1) -> None:
+    """This process gets a signal while it is in an iteration (counted from 1); of several, only `rank`."""
+    if rank in (-1, int(os.environ.get("RANK", "0"))):
+        _at_iteration(iteration, lambda: os.kill(os.getpid(), number))
 
 
 def pause_at_iteration(iteration: int, until: Path) -> None:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from composer.utils import dist, get_device
 from PIL import Image
+from safetensors.torch import load_file
 
 from dinocomp.build import Run, build_run, check_start
 from dinocomp.config import load_config
 from dinocomp.train import main
 
 from . import processes
-from .helpers import launch, load_checkpoint, metrics, small_folder, weights, words, yaml_of_nothing
+from .helpers import load_checkpoint, metrics, small_folder, weights, words, yaml_of_nothing
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 
@@ -87,15 +88,18 @@ def test_resume_by_key(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "there are checkpoints in" in capsys.readouterr().err
 
 
-def test_ranks_resume_together(tmp_path: Path) -> None:
-    """Two processes, stopped and started again, end bit for bit where they would have."""
-    four = {"train__batch_size_per_gpu": 4, "optim__epochs": 2}
-    assert launch("quickstart", *words(tmp_path / "whole", **four), processes=2).returncode == 0
-    # The schedules must not know that the first part stops early, so it is the last checkpoint that goes.
-    assert launch("quickstart", *words(tmp_path / "parts", **four), processes=2).returncode == 0
-    shutil.rmtree(tmp_path / "parts/checkpoints/iteration-00000008")
-    resumed = launch("quickstart", *words(tmp_path / "parts", **four), processes=2)
-    assert resumed.returncode == 0 and "resuming from" in resumed.stdout
+def test_ranks_stop_and_resume_together(tmp_path: Path, free_port: int) -> None:
+    """Only one of two is told to stop: both do after the same step, and end bit for bit where they would have."""
+    nothing, four = yaml_of_nothing(tmp_path), {"train__batch_size_per_gpu": 4, "optim__epochs": 2}
+
+    def run(name: str, *before: object) -> list[int]:
+        ranks = processes.start_ranks([nothing, *words(tmp_path / name, **four)], 2, free_port, *before)
+        return [processes.finish(rank) for rank in ranks]
+
+    assert run("whole") == [0, 0]
+    assert run("parts", processes.signal_at_iteration, 6, signal.SIGTERM, 1) == [75, 75]
+    assert [line["iteration"] for line in metrics(tmp_path / "parts")] == list(range(1, 7))
+    assert run("parts") == [0, 0]
     whole, parts = (weights(tmp_path / name, 8) for name in ("whole", "parts"))
     assert not [name for name in whole if not torch.equal(whole[name], parts[name])]
 
@@ -140,10 +144,11 @@ def test_weights_with_their_iteration(tmp_path: Path, capsys: pytest.CaptureFixt
         if start == 4:  # the same images and weights: the same first loss, but for what drop path draws
             assert lines[0]["loss/dino_global"] == pytest.approx(whole[4]["loss/dino_global"], rel=0.1)
     capsys.readouterr()
-    torch.save({"teacher": {"x": torch.zeros(1)}}, tmp_path / "reference.pth")
+    teacher = load_file(tmp_path / "first" / "teacher.safetensors")
+    torch.save({"teacher": teacher}, tmp_path / "reference.pth")
     assert main([nothing, *words(tmp_path / "no", **changes, MODEL__WEIGHTS=tmp_path / "reference.pth")]) == 2
     assert "does not say of which iteration it is; type MODEL.KEEP_ITERATION=false" in capsys.readouterr().err
-    torch.save({"teacher": {"x": torch.zeros(1)}, "iteration": 11}, tmp_path / "reference.pth")
+    torch.save({"teacher": teacher, "iteration": 11}, tmp_path / "reference.pth")
     assert main([nothing, *words(tmp_path / "no", **changes, MODEL__WEIGHTS=tmp_path / "reference.pth")]) == 2
     assert "is of iteration 12, and the run has 12. Raise optim.epochs" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -5,6 +5,8 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,7 @@ from dinocomp.errors import WeightsError
 from dinocomp.train import main
 
 from . import processes
-from .helpers import metrics, small_folder, weights, words, yaml_of_nothing
+from .helpers import ROOT, metrics, small_folder, weights, words, yaml_of_nothing
 
 TIMELESS = ("images_per_second", "seconds_per_iteration", "data_wait", "memory_gb")
 
@@ -131,6 +133,31 @@ def test_told_to_stop(command: Callable, uninterrupted: Path, tmp_path: Path, nu
     assert "stopped at iteration 6 of 12; the same command goes on" in said
     assert processes.finish(processes.start(command(output))) == 0
     assert_same(uninterrupted, output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_whole_job_is_told_to_stop(command: Callable, tmp_path: Path, number: signal.Signals) -> None:
+    """Through the launcher, as by Ctrl-C or a scheduler: launcher, two ranks and their workers all get the signal."""
+    output = tmp_path / "run"
+    settings = command(output, train__num_workers=2, train__batch_size_per_gpu=4, optim__epochs=2000)
+    launcher = Path(sys.executable).with_name("composer")
+    job = subprocess.Popen(
+        [launcher, "-n", "2", "dinocomp/train.py", *settings],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not (output / "metrics.jsonl").exists():
+        assert job.poll() is None
+        time.sleep(0.1)
+    os.killpg(job.pid, number)
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 75 and "the same command goes on" in said
+    (checkpoint,) = list_checkpoints(output / "checkpoints")
+    assert find_fault(checkpoint) == "" and iteration_of(checkpoint) == len(metrics(output))
 
 
 def test_told_to_stop_twice(command: Callable, uninterrupted: Path, tmp_path: Path) -> None:

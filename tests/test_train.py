@@ -11,6 +11,7 @@ from PIL import Image
 import dinocomp
 from dinocomp.train import main
 
+from . import processes
 from .helpers import launch, load_checkpoint, metrics, words, yaml_of_nothing
 
 pytestmark = pytest.mark.usefixtures("one_cache")
@@ -48,20 +49,14 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     assert [line["iteration"] for line in metrics(output)] == list(range(1, 17))
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
+def test_two_processes_are_one(tmp_path: Path, free_port: int) -> None:
     """Two ranks of 4 images train as one of 8: the same crops and masks, and the same terms but for rounding."""
     same = {"train__centering": "sinkhorn_knopp", "student__drop_path_rate": 0, "dino__koleo_loss_weight": 0}
-    for processes in (1, 2):
-        output = tmp_path / str(processes)
+    for number in (1, 2):
         # The learning rate follows the global batch, which is the same.
-        done = launch(
-            "quickstart", *words(output, **same, train__batch_size_per_gpu=8 // processes), processes=processes
-        )
-        if done.returncode and "DistNetworkError" in done.stderr:  # the launcher's race for a free port
-            done = launch(
-                "quickstart", *words(output, **same, train__batch_size_per_gpu=8 // processes), processes=processes
-            )
-        assert done.returncode == 0, done.stderr
+        settings = words(tmp_path / str(number), **same, train__batch_size_per_gpu=8 // number)
+        ranks = processes.start_ranks([yaml_of_nothing(tmp_path), *settings], number, free_port)
+        assert [processes.finish(rank) for rank in ranks] == [0] * number
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     for a, b in zip(one, two, strict=True):
         for name in ("loss/dino_local", "loss/dino_global", "loss/ibot", "lr"):
