@@ -106,13 +106,13 @@ def _train(run: "Run") -> int:
         if start.iteration >= run.iterations:
             log.info("this run is finished: %d of %d iterations", run.iterations, run.iterations)
             # The process that finished it may have been killed before it was done with these.
-            run.checkpoints.fit_start(run.trainer.state, run.trainer.logger)
-            run.evaluation.fit_end(run.trainer.state, run.trainer.logger)
+            run.callbacks.checkpoints.fit_start(run.trainer.state, run.trainer.logger)
+            run.callbacks.evaluation.fit_end(run.trainer.state, run.trainer.logger)
         else:
             log.info(
                 "training: %d iterations of %d images on %d %s; output in %s",
                 run.iterations,
-                run.images_per_iteration,
+                run.config.train.batch_size_per_gpu * dist.get_world_size(),
                 dist.get_world_size(),
                 "GPU(s)" if start.gpu else "CPU process(es)",
                 start.output,
@@ -121,15 +121,15 @@ def _train(run: "Run") -> int:
         run.trainer.close()
         missing = _finish_copies(run)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        images = run.images_per_iteration // dist.get_world_size()
+        images = run.config.train.batch_size_per_gpu
         raise TrainingError(
             f"out of memory with {images} images on each process: type train.batch_size_per_gpu={max(1, images // 2)} "
             "(the learning rate follows the batch), fewer or smaller crops, recipes=[bf16] on a GPU, fewer "
             f"train.num_workers where it is the machine's own memory; then give the same command again ({error})"
         ) from error
     finally:
-        run.stop.restore()
-    if run.stop.requested:
+        run.callbacks.stop.restore()
+    if run.callbacks.stop.requested:
         finished = int(run.trainer.state.timestamp.batch)
         if missing:
             log.warning("not copied to %s yet: %s", start.remote.address, "; ".join(missing))
@@ -151,12 +151,14 @@ def _finish_copies(run: "Run") -> list[str]:
 
     from dinocomp.distributed import any_rank
 
+    copies, stop = run.callbacks.checkpoints.copies, run.callbacks.stop
     missing = []
-    if run.uploads:
-        if run.uploads.pending:
+    if copies:
+        if copies.pending:
             logging.getLogger("dinocomp").info("waiting for copies to %s", run.start.remote.address)
-        # A rank that ended earlier would have the launcher end all of them.
-        missing = run.uploads.finish(run.remote_wait, go_on=lambda: any_rank(True) and not run.stop.is_over(_GRACE))
+        seconds = run.config.checkpoint.remote_wait_seconds
+        # A rank that ended earlier would have the launcher end all of them: the others are told to wait.
+        missing = copies.finish(seconds, go_on=lambda: any_rank(True) and not stop.is_over(_GRACE))
         any_rank(False)
     elif dist.get_world_size() > 1:
         while any_rank(False):
@@ -167,7 +169,7 @@ def _finish_copies(run: "Run") -> list[str]:
 def summary(run: "Run") -> list[str]:
     """What a finished run leaves, and what its features are worth, in words."""
     lines = [f"teacher: {run.start.output / 'teacher.safetensors'}"]
-    accuracy, pair = run.evaluation.accuracy, run.evaluation.pair
+    accuracy, pair = run.callbacks.evaluation.accuracy, run.callbacks.evaluation.pair
     if pair:
         first, last = min(accuracy), max(accuracy)
         k = next(iter(accuracy[last]))

@@ -56,7 +56,7 @@ def test_a_missing_logger_package_is_a_message(tmp_path: Path, monkeypatch: pyte
         raise ImportError("No module named 'tensorboard'")
 
     assert build.build_loggers(config(), tmp_path) == []
-    monkeypatch.setattr("dinocomp.build.run.TensorboardLogger", missing)
+    monkeypatch.setattr("dinocomp.build.loggers.TensorboardLogger", missing)
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[tensorboard\]'"):
         build.build_loggers(config(loggers__tensorboard="true"), tmp_path)
 

@@ -4,10 +4,11 @@ Below it no configuration is passed: every constructor takes plain arguments.
 """
 
 from dinocomp.build.data import build_loader, crop_settings, mask_settings
+from dinocomp.build.loggers import build_loggers
 from dinocomp.build.machine import join_processes, on_gpu
 from dinocomp.build.model import backbone_arguments, build_model, build_networks, count_parameters
 from dinocomp.build.optim import build_optimizer, build_schedules
-from dinocomp.build.run import Run, build_loggers, build_run, build_training
+from dinocomp.build.run import Run, build_run, build_training
 from dinocomp.build.start import Start, check_start
 
 __all__ = [

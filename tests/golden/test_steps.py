@@ -100,7 +100,7 @@ def test_steps(steps_file: Path, tmp_path: Path, golden_device: str) -> None:
     steps = recording.meta["steps"]
     loader = DataLoader([batch(recording, step) for step in range(steps)], batch_size=None)
     run = build_training(config, check_start(config), model, loader)
-    recorder = Recorder(model, run.clip)
+    recorder = Recorder(model, run.callbacks.clip)
     run.trainer.state.callbacks.append(recorder)
     run.trainer.fit(duration=f"{steps}ba")
     run.trainer.close()

@@ -1,0 +1,144 @@
+"""What happens around a step, from a configuration."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from composer import Callback
+from composer.utils import dist
+
+from dinocomp.build.model import backbone_arguments
+from dinocomp.build.optim import build_schedules
+from dinocomp.build.start import Start
+from dinocomp.callbacks import (
+    ApplySchedules,
+    BadImages,
+    Checkpoints,
+    ClipGradients,
+    FirstBatchPicture,
+    Metrics,
+    OnlineEvaluation,
+    RestoreRandomState,
+    SkipBadSteps,
+    StopOnSignal,
+    UpdateTeacher,
+)
+from dinocomp.callbacks.evaluation import LabelledPair
+from dinocomp.checkpoints.folder import TEACHER, expired
+from dinocomp.checkpoints.uploads import Uploads
+from dinocomp.config import Config, derive, to_yaml
+from dinocomp.interop import save_teacher
+from dinocomp.method import DINOv2
+from dinocomp.optim import Multipliers
+from dinocomp.output import RUN_FILES
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Callbacks:
+    """Everything around a step, in the order in which it runs within an event.
+
+    `evaluation.pair` is None where nothing is labelled.
+    """
+
+    random_state: RestoreRandomState
+    schedules: ApplySchedules
+    picture: FirstBatchPicture
+    bad_images: BadImages
+    clip: ClipGradients
+    bad_steps: SkipBadSteps
+    teacher: UpdateTeacher
+    stop: StopOnSignal
+    metrics: Metrics
+    evaluation: OnlineEvaluation
+    checkpoints: Checkpoints
+
+    def in_order(self) -> list[Callback]:
+        return list(vars(self).values())
+
+
+def build_callbacks(
+    config: Config, start: Start, model: DINOv2, multipliers: list[Multipliers], pair: LabelledPair | None
+) -> Callbacks:
+    """All callbacks of a run.
+
+    Args:
+        multipliers: of the optimizer's groups.
+        pair: what to evaluate on.
+    """
+    output, total = start.output, derive.total_iterations(config)
+    schedules = build_schedules(config, dist.get_world_size())
+    resize, crop = derive.evaluation_crop(config)
+
+    def export_teacher(path: Path, iteration: int) -> None:
+        save_teacher(
+            path,
+            model.networks("teacher"),
+            architecture=backbone_arguments(config),
+            mean=config.crops.mean,
+            std=config.crops.std,
+            view=(resize, crop),
+            iteration=iteration,
+            config=to_yaml(config),
+        )
+
+    stop = StopOnSignal()
+    bad_images = BadImages(config.data.max_bad_images)
+    clip = ClipGradients(model, config.optim.clip_grad)
+    bad_steps = SkipBadSteps(model, clip, config.optim.max_bad_steps)
+    retention = partial(expired, max_to_keep=config.checkpoint.max_to_keep, milestone=derive.milestone_interval(config))
+    uploads = None
+    if start.remote:
+        uploads = Uploads(start.remote, expired=retention, run_files=[output / name for name in RUN_FILES])
+    return Callbacks(
+        random_state=RestoreRandomState(),
+        schedules=ApplySchedules(model, schedules, multipliers),
+        picture=FirstBatchPicture(output / "pictures" / "first_batch.png"),
+        bad_images=bad_images,
+        clip=clip,
+        bad_steps=bad_steps,
+        teacher=UpdateTeacher(model, bad_steps),
+        stop=stop,
+        metrics=Metrics(
+            model,
+            clip,
+            schedules,
+            bad_steps,
+            bad_images,
+            prototypes=derive.prototypes(config),
+            folder=output,
+            period=config.loggers.period_iterations,
+            total=total,
+        ),
+        evaluation=OnlineEvaluation(
+            model,
+            pair,
+            folder=output,
+            period=config.evaluation.eval_period_iterations,
+            at_start=config.evaluation.at_start,
+            resize=resize,
+            crop=crop,
+            ks=config.evaluation.knn_k,
+            temperature=config.evaluation.knn_temperature,
+            batch_size=config.evaluation.batch_size,
+            num_workers=config.train.num_workers,
+            timeout_seconds=config.data.timeout_seconds,
+            autocast=_AUTOCAST[start.precision],
+            skip_bad=config.data.on_bad_image == "skip",
+            export_teacher=export_teacher,
+            stop=stop,
+        ),
+        checkpoints=Checkpoints(
+            output / "checkpoints",
+            interval=derive.checkpoint_interval(config),
+            total=total,
+            expired=retention,
+            export_teacher=export_teacher,
+            latest_teacher=output / TEACHER,
+            stop=stop,
+            copies=uploads,
+            on_failure=config.checkpoint.on_save_failure,
+        ),
+    )
