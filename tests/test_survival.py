@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -120,6 +121,20 @@ def test_killed_at_random_moments(command: Callable, tmp_path: Path, workers: in
                 discard(newest)
     assert processes.finish(processes.start(arguments)) == 0
     assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_killed_run_leaves_no_workers(command: Callable, tmp_path: Path) -> None:
+    """Here they are made by a fork server, which would live as long as they do, and they as long as it."""
+    arguments = command(tmp_path / "run", train__num_workers=2)
+    process = processes.start(arguments, processes.pause_at_iteration, 2, tmp_path / "never")
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) >= 3, "a fork server and two workers"
+    process.kill()
+    process.join()
+    assert not psutil.wait_procs(below, timeout=20)[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

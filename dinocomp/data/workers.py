@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 
 from dinocomp.errors import DataError
 
+_LOOK_SECONDS = 5
+
 
 class PlainLoader(DataLoader):
     """A DataLoader whose errors are for the person at the keyboard.
@@ -72,8 +74,14 @@ def leave_signals_to_parent(worker_id: int) -> None:
 
 
 def _leave_with_parent() -> None:
-    """SIGTERM from the training process is how torch ends its workers; from anybody else it is no news."""
-    parent = multiprocessing.parent_process()  # of a worker that a server has forked, not what the system calls so
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
-        pass
+    """SIGTERM from the training process is how torch ends its workers; from anybody else it is no news.
+
+    A training process that was killed tells nobody. torch sees that it is gone where it was the worker's parent in the
+    system's eyes; a worker that a fork server made has to look for itself.
+    """
+    parent = multiprocessing.parent_process()
+    while parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, _LOOK_SECONDS)
+        if received and received.si_pid == parent.pid:
+            break
     os._exit(0)
