@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from dinocomp.errors import ConfigError
 
 LOG = "train.log"
 CONFIG = "config.yaml"
+_LAST_BREATH = 8  # seconds that a killed run's data workers may still hold its lock
 RUN_FILES = (CONFIG, "metrics.jsonl", "evaluation.jsonl", LOG)  # small, and copied with each checkpoint
 
 
@@ -29,7 +31,7 @@ def open_output(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_LAST_BREATH)
     except Timeout as error:
         raise ConfigError(
             f"another run is at work in train.output_dir={folder}. Wait for its end, stop it, or give another folder."
@@ -59,7 +61,9 @@ def keep_config(folder: Path, config: Config, *, made_of: str, changed_at: int |
     if changed_at is not None:
         until = folder / f"config-until-{changed_at:08d}.yaml"
         if not until.exists():  # else an earlier try from here has put it there, and got no further
-            path.rename(until)
+            copy = until.with_suffix(".partial")
+            shutil.copyfile(path, copy)
+            copy.replace(until)
         header += f"\nUp to iteration {changed_at} it was another: {until.name}"
     partial = path.with_suffix(".partial")
     partial.write_text(to_yaml(config, header=header))

@@ -60,6 +60,8 @@ def train(arguments: Sequence[str]) -> int:
     from composer.utils import dist
 
     from dinocomp.build import build_run, check_start, join_processes, on_gpu
+    from dinocomp.checkpoints.folder import list_checkpoints
+    from dinocomp.errors import ConfigError
     from dinocomp.output import keep_config, open_output
 
     gpu = on_gpu(loaded.config)
@@ -71,6 +73,8 @@ def train(arguments: Sequence[str]) -> int:
     if not first:
         logging.getLogger("dinocomp").addHandler(logging.NullHandler())  # rank 0 speaks for all
     with open_output(start.output) if first else nullcontext():
+        if first and tuple(list_checkpoints(start.output / "checkpoints")) != start.seen:
+            raise ConfigError(f"another run was at work in {start.output} just now. Give the same command again.")
         _say_start(loaded, start)
         run = build_run(loaded.config, start)
         if first and start.iteration < run.iterations:
@@ -99,9 +103,10 @@ def _train(run: "Run") -> int:
     import torch
     from composer.utils import dist
 
-    from dinocomp.errors import TrainingError
+    from dinocomp.errors import DataError, TrainingError
 
     log, start = logging.getLogger("dinocomp"), run.start
+    missing = None
     try:
         if start.iteration >= run.iterations:
             log.info("this run is finished: %d of %d iterations", run.iterations, run.iterations)
@@ -120,6 +125,8 @@ def _train(run: "Run") -> int:
             run.trainer.fit()
         run.trainer.close()
         missing = _finish_copies(run)
+    except DataError as error:  # the command was right
+        raise TrainingError(str(error)) from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         images = run.config.train.batch_size_per_gpu
         raise TrainingError(
@@ -128,6 +135,9 @@ def _train(run: "Run") -> int:
             f"train.num_workers where it is the machine's own memory; then give the same command again ({error})"
         ) from error
     finally:
+        if missing is None and run.callbacks.checkpoints.copies:  # an error; perhaps on this rank alone
+            for line in run.callbacks.checkpoints.copies.finish(_GRACE):
+                log.warning("not copied to %s yet: %s; the next start does it", start.remote.address, line)
         run.callbacks.stop.restore()
     if run.callbacks.stop.requested:
         finished = int(run.trainer.state.timestamp.batch)

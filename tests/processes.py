@@ -1,5 +1,6 @@
 """Runs in processes of their own that start in a moment, to be killed."""
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from dinocomp.callbacks import checkpoints
+from dinocomp import output
+from dinocomp.callbacks import checkpoints, evaluation
 from dinocomp.method import DINOv2
 from dinocomp.train import main
 
@@ -63,8 +65,8 @@ def _run(environment: dict[str, str], arguments: list[str], before: Callable[...
     os._exit(code)
 
 
-def kill_at_file_operation(number: int, where: str) -> None:
-    """Makes this process kill itself (SIGKILL) just before its `number`-th operation on a path that holds `where`."""
+def kill_at_file_operation(number: int, where: str, by: signal.Signals = signal.SIGKILL) -> None:
+    """Makes this process kill itself just before its `number`-th operation on a path that holds `where`."""
     count = 0
 
     def watch(event: str, arguments: tuple) -> None:
@@ -74,7 +76,7 @@ def kill_at_file_operation(number: int, where: str) -> None:
             if any(where in path for path in paths):
                 count += 1
                 if count == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), by)
 
     sys.addaudithook(watch)
 
@@ -103,6 +105,37 @@ def pause_at_iteration(iteration: int, until: Path) -> None:
             time.sleep(0.02)
 
     _at_iteration(iteration, wait)
+
+
+def refuse_folders_from(iteration: int) -> None:
+    """From an iteration on this process can make no folders."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _at_iteration(iteration, lambda: setattr(checkpoints, "begin", full))
+
+
+def rename_before_lock(source: Path, target: Path) -> None:
+    """Just before this process locks its output folder, a checkpoint turns up there."""
+    original = output.FileLock
+
+    def lock(path: Path) -> object:
+        source.rename(target)
+        return original(path)
+
+    output.FileLock = lock
+
+
+def signal_at_evaluation(number: signal.Signals) -> None:
+    """This process gets a signal while it evaluates."""
+    original = evaluation.knn_accuracy
+
+    def knn_accuracy(*arguments: object, **settings: object) -> object:
+        os.kill(os.getpid(), number)
+        return original(*arguments, **settings)
+
+    evaluation.knn_accuracy = knn_accuracy
 
 
 def hang_while_saving() -> None:

@@ -180,6 +180,30 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, capsys: p
         assert (output / "evaluation.jsonl").read_text() == whole
 
 
+def test_a_stop_at_an_evaluation(tmp_path: Path) -> None:
+    """One that is due in the step that was told to stop is made up for; one that is under way is finished first."""
+    arguments = [yaml_of_nothing(tmp_path), *words(tmp_path / "run", evaluation__eval_period_iterations=6)]
+    stop = (processes.signal_at_iteration, 6, signal.SIGTERM)
+    assert processes.finish(processes.start(arguments, *stop)) == 75
+    assert not (tmp_path / "run" / "evaluation").exists()
+    assert processes.finish(processes.start(arguments, processes.signal_at_evaluation, signal.SIGTERM)) == 75
+    assert [line["iteration"] for line in metrics(tmp_path / "run")] == list(range(1, 8)), "one step more"
+
+    def evaluated() -> list[int]:
+        return [json.loads(line)["iteration"] for line in (tmp_path / "run/evaluation.jsonl").read_text().splitlines()]
+
+    assert (tmp_path / "run/evaluation/iteration-00000006/teacher.safetensors").exists() and evaluated() == [6]
+    assert processes.finish(processes.start(arguments)) == 0
+    assert evaluated() == [6, 12]
+
+
+def test_checkpoints_of_an_earlier_layout_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/iteration-00000004.pt").write_bytes(b"old")
+    assert main([yaml_of_nothing(tmp_path), *words(tmp_path / "run")]) == 2
+    assert "checkpoints of an earlier dinocomp" in capsys.readouterr().err
+
+
 def test_what_is_refused_leaves_everything_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     nothing, output = yaml_of_nothing(tmp_path), tmp_path / "run"
     assert main([nothing, *words(output, optim__epochs=1)]) == 0

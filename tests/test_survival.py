@@ -284,6 +284,43 @@ def test_a_tampered_checkpoint_runs_nothing(
     assert trace.exists()
 
 
+def test_a_run_that_went_on_meanwhile(command: Callable, uninterrupted: Path, tmp_path: Path) -> None:
+    """Between its look for a checkpoint and its lock, another run saved a newer one: nothing of it is touched."""
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    newest = output / "checkpoints" / "iteration-00000012"
+    newest.rename(tmp_path / "later")
+    process = processes.start(command(output), processes.rename_before_lock, tmp_path / "later", newest)
+    assert processes.finish(process) == 2
+    assert whole_ones(output) == [8, 12]
+
+
+@pytest.mark.parametrize("iteration", [3, 5])
+def test_a_disk_without_room_for_a_folder(command: Callable, tmp_path: Path, free_port: int, iteration: int) -> None:
+    """Both ranks end, and say why."""
+    arguments = command(tmp_path / "run", train__batch_size_per_gpu=4, checkpoint__max_to_keep=0)
+    ranks = processes.start_ranks(arguments, 2, free_port, processes.refuse_folders_from, iteration)
+    assert [processes.finish(rank, timeout=60) for rank in ranks] == [3, 3]
+    assert whole_ones(tmp_path / "run") == ([] if iteration == 3 else [4])
+    assert "No space left on device" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_full_disk_while_evaluating(command: Callable, tmp_path: Path) -> None:
+    """The copy of the teacher is not worth the run."""
+    arguments = command(tmp_path / "run", evaluation__eval_period_iterations=6, checkpoint__on_save_failure="warn")
+    assert processes.finish(processes.start(arguments, processes.limit_file_size_from, 5, 60_000)) == 3
+    said = (tmp_path / "run" / "train.log").read_text()
+    assert "iteration-00000006/teacher.safetensors cannot be written" in said and len(metrics(tmp_path / "run")) == 12
+
+
+def test_stopped_while_images_are_converted(command: Callable, tmp_path: Path) -> None:
+    arguments = command(tmp_path / "run", data__cache_dir=tmp_path / "cache")
+    stop = (processes.kill_at_file_operation, 3, f"{tmp_path}/cache", signal.SIGTERM)
+    assert processes.finish(processes.start(arguments, *stop)) == 128 + signal.SIGTERM
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert processes.finish(processes.start(arguments)) == 0
+
+
 def test_two_runs_in_one_folder(command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "run"
     process = processes.start(command(output), processes.hang_while_saving)

@@ -137,6 +137,7 @@ def build_callbacks(
             expired=retention,
             export_teacher=export_teacher,
             latest_teacher=output / TEACHER,
+            damaged=start.damaged,
             stop=stop,
             copies=uploads,
             on_failure=config.checkpoint.on_save_failure,

@@ -36,6 +36,7 @@ class Start:
         iteration: finished iterations there, or those that `MODEL.KEEP_ITERATION` takes over from other weights.
         changed: for a run that goes on, a line for every key that is not what it was.
         notes: other lines on how it goes on.
+        damaged, seen: checkpoints that were passed over, and all that there are.
         remote: where checkpoints are copied to, on rank 0.
     """
 
@@ -46,6 +47,8 @@ class Start:
     iteration: int = 0
     changed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
+    seen: tuple[Path, ...] = ()
     remote: RemoteFolder | None = None
 
 
@@ -62,7 +65,15 @@ def check_start(config: Config) -> Start:
     check_attention(config, gpu)
     check_loggers(config)
     _check_output(output, config.train.dataset_path)
-    remote = _open_remote(config, output)
+    count = check_images(
+        config.train.dataset_path,
+        config.evaluation.train_dataset_path,
+        config.evaluation.val_dataset_path,
+        config.data.cache_dir,
+    )
+    if count is not None:
+        check_enough(config, count)
+    remote = _open_remote(config)
     found = find_checkpoint(output / "checkpoints", config.checkpoint.resume, remote)
     checkpoint = found.checkpoint
     iteration = iteration_of(checkpoint) if checkpoint else 0
@@ -80,24 +91,27 @@ def check_start(config: Config) -> Start:
                 f"{checkpoint} holds other networks: {'; '.join(networks)}. "
                 f"Give another train.output_dir, or the settings of {output / CONFIG}."
             )
-    count = check_images(
-        config.train.dataset_path,
-        config.evaluation.train_dataset_path,
-        config.evaluation.val_dataset_path,
-        config.data.cache_dir,
-    )
-    if count is not None:
-        check_enough(config, count)
     if checkpoint and (before := world_size_of(checkpoint)) != (now := dist.get_world_size()):
         notes.append(
             f"processes were {before}, are {now} (images, crops and masks are the same as long as "
             "train.batch_size_per_gpu times processes is; what is drawn on a process, such as drop path, is another)"
         )
-    return Start(gpu, precision, output, checkpoint, iteration, tuple(changed), tuple(notes), remote)
+    return Start(
+        gpu,
+        precision,
+        output,
+        checkpoint,
+        iteration,
+        changed=tuple(changed),
+        notes=tuple(notes),
+        damaged=found.damaged,
+        seen=found.seen,
+        remote=remote,
+    )
 
 
-def _open_remote(config: Config, output: Path) -> RemoteFolder | None:
-    """The object store for checkpoints, seen to work, on rank 0; and from there what `output` lacks of the run's files.
+def _open_remote(config: Config) -> RemoteFolder | None:
+    """The object store for checkpoints, seen to work; on rank 0, elsewhere None.
 
     Raises:
         ConfigError: on all ranks, where it does not work.

@@ -69,7 +69,7 @@ class SkipBadSteps(Callback):
             self.count,
             self.in_a_row,
         )
-        if self.in_a_row == self.max_in_a_row:
+        if self.max_in_a_row and self.in_a_row >= self.max_in_a_row:
             raise TrainingError(
                 f"{self.in_a_row} steps in a row up to iteration {iteration} had a loss or gradient that is not finite "
                 f"(optim.max_bad_steps={self.max_in_a_row}); the last: {seen}. Weights and checkpoints are as before "

@@ -42,6 +42,7 @@ class Checkpoints(Callback):
         expired: from the iterations of all checkpoints to those that may be deleted; never the newest.
         export_teacher: writes the teacher, of an iteration, to a path.
         latest_teacher: where the newest checkpoint's teacher is also found.
+        damaged: those that resuming has passed over; they are put aside.
         stop: asks for a checkpoint at any iteration.
         copies: to an object store, or None.
         on_failure: `raise` to stop where a checkpoint cannot be written, `warn` to go on without it. The last
@@ -57,6 +58,7 @@ class Checkpoints(Callback):
         expired: Callable[[Sequence[int]], list[int]],
         export_teacher: Callable[[Path, int], None],
         latest_teacher: Path,
+        damaged: Sequence[Path],
         stop: StopOnSignal,
         copies: Uploads | None = None,
         on_failure: str = "raise",
@@ -67,18 +69,19 @@ class Checkpoints(Callback):
         self.expired = expired
         self.export_teacher = export_teacher
         self.latest_teacher = latest_teacher
+        self.damaged = damaged
         self.stop = stop
         self.copies = copies
         self.on_failure = on_failure
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Also for a run whose training had ended: settles what a process left that was killed while it saved."""
-        finished = int(state.timestamp.batch)
         if dist.get_global_rank() == 0:
             sweep(self.folder)
-            for path in list_checkpoints(self.folder):
-                if iteration_of(path) > finished:  # damaged: resuming has passed it over
-                    log.warning("the damaged checkpoint %s is now %s", path, set_aside(path).name)
+            for path in self.damaged:
+                if path.is_dir():
+                    aside = set_aside(path)
+                    log.warning("the damaged checkpoint %s is now %s; delete it when you like", path, aside.name)
             there = list_checkpoints(self.folder)
             if self.copies:
                 self.copies.add_missing(there)
@@ -106,27 +109,23 @@ class Checkpoints(Callback):
 
     def _save(self, state: State, finished: int) -> str:
         """Writes a checkpoint; gives, on all ranks, why that failed, or ""."""
-        partial, failure = partial_of(self.folder, finished), ""
+        partial = partial_of(self.folder, finished)
+        if failure := _on_rank_0(lambda: begin(self.folder, finished)):  # before the others wait for what it writes
+            return failure
+        failure = ""
         try:
-            if dist.get_global_rank() == 0:
-                begin(self.folder, finished)
             save_checkpoint(state, str(partial / STATE))
         except (OSError, RuntimeError) as error:
             failure = f"{type(error).__name__}: {error}"
-            dist.barrier()  # the other ranks wait in the one at the end of save_checkpoint
-        if dist.get_global_rank() == 0:
-            if not failure:
-                try:
-                    self._publish(partial, finished)
-                except (OSError, RuntimeError, SafetensorError) as error:
-                    failure = f"{type(error).__name__}: {error}"
-            if failure:
-                shutil.rmtree(partial, ignore_errors=True)
-        shared = [failure]
-        dist.broadcast_object_list(shared, src=0)
-        return shared[0]
+            dist.barrier()  # the other ranks, which write nothing, wait in the one at the end of save_checkpoint
+        failure = _on_rank_0(lambda: self._publish(partial, finished, failure))
+        if failure and dist.get_global_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        return failure
 
-    def _publish(self, partial: Path, finished: int) -> None:
+    def _publish(self, partial: Path, finished: int, failure: str) -> None:
+        if failure:
+            raise OSError(failure)
         self.export_teacher(partial / TEACHER, finished)
         path = publish(partial, dist.get_world_size())
         log.info("checkpoint: %s", path)
@@ -135,11 +134,27 @@ class Checkpoints(Callback):
         self._settle(path)
 
     def _settle(self, newest: Path) -> None:
-        _link(newest / TEACHER, self.latest_teacher)
-        there = {iteration_of(path): path for path in list_checkpoints(self.folder)}
-        for iteration in self.expired(list(there)):
-            if not self.copies or self.copies.withdraw(there[iteration]):
-                discard(there[iteration])
+        """What comes after a checkpoint, and is no reason to stop."""
+        try:
+            _link(newest / TEACHER, self.latest_teacher)
+            there = {iteration_of(path): path for path in list_checkpoints(self.folder)}
+            for iteration in self.expired(list(there)):
+                if not self.copies or self.copies.withdraw(there[iteration]):
+                    discard(there[iteration])
+        except OSError as error:
+            log.warning("%s is whole, but what follows it failed (%s); it is tried again with the next", newest, error)
+
+
+def _on_rank_0(action: Callable[[], object]) -> str:
+    """Why `action` failed on rank 0, or "", on all ranks."""
+    failure = [""]
+    if dist.get_global_rank() == 0:
+        try:
+            action()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            failure = [str(error) if type(error) is OSError and not error.errno else f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(failure, src=0)
+    return failure[0]
 
 
 def _link(file: Path, name: Path) -> None:

@@ -2,13 +2,15 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
+from safetensors import SafetensorError
 
 from dinocomp.callbacks.stop import StopOnSignal
 from dinocomp.data import Images
@@ -81,7 +83,9 @@ class OnlineEvaluation(Callback):
         }
         self.export_teacher = export_teacher
         self.stop = stop
-        self.accuracy = _read(self.path)
+        shared = [_read(self.path) if dist.get_global_rank() == 0 else None]
+        dist.broadcast_object_list(shared, src=0)
+        self.accuracy: dict[int, dict[int, float]] = shared[0]
 
     def fit_start(self, state: State, logger: Logger) -> None:
         finished = int(state.timestamp.batch)
@@ -112,7 +116,8 @@ class OnlineEvaluation(Callback):
 
     def _keep_and_evaluate(self, iteration: int, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
-            self.export_teacher(self._copy_of(iteration), iteration)
+            with _no_reason_to_stop(self._copy_of(iteration)):
+                self.export_teacher(self._copy_of(iteration), iteration)
         self._evaluate(iteration, logger)
 
     def _evaluate(self, iteration: int, logger: Logger) -> None:
@@ -136,9 +141,19 @@ class OnlineEvaluation(Callback):
             shown = "  ".join(f"k={k} {value:.1%}" for k, value in accuracy.items())
             log.info("k-NN accuracy of the teacher at iteration %d: %s", iteration, shown)
             lines = [json.dumps({"iteration": i, "knn_top1": a}) + "\n" for i, a in sorted(self.accuracy.items())]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(lines))
-            partial.replace(self.path)
+            with _no_reason_to_stop(self.path):
+                partial = self.path.with_suffix(".partial")
+                partial.write_text("".join(lines))
+                partial.replace(self.path)
+
+
+@contextmanager
+def _no_reason_to_stop(path: Path) -> Iterator[None]:
+    """A full disk costs this file, not the run: whether checkpoints can be written is seen there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        log.warning("%s cannot be written: %s", path, error)
 
 
 def _read(path: Path) -> dict[int, dict[int, float]]:

@@ -19,6 +19,7 @@ from composer.utils import dist
 from dinocomp.callbacks.bad_images import BadImages
 from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.callbacks.clip import ClipGradients
+from dinocomp.errors import TrainingError
 from dinocomp.method import DINOv2
 from dinocomp.method.gauges import signs_of_collapse
 from dinocomp.schedules import Schedules
@@ -73,7 +74,10 @@ class Metrics(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         self.window_open = False
         if dist.get_global_rank() == 0:
-            _drop_lines_after(self.path, int(state.timestamp.batch))
+            try:
+                _drop_lines_after(self.path, int(state.timestamp.batch))
+            except OSError as error:
+                raise TrainingError(f"{self.path} cannot be written ({error}); make room, and start again") from error
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self.wait_start = time.perf_counter()
@@ -140,7 +144,6 @@ class Metrics(Callback):
         on_device |= {f"teacher/{name}": value for name, value in self.model.gauges.items()}
         values = torch.stack([value.float().reshape(()) for value in on_device.values()])
         dist.all_reduce(values)
-        # The one place that waits for the device.
         numbers = dict(zip(on_device, (values / dist.get_world_size()).tolist(), strict=True))
 
         seconds = time.perf_counter() - self.window_start

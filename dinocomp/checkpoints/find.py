@@ -21,10 +21,14 @@ class Found:
     Attributes:
         checkpoint: None for a fresh start.
         passed_over: a line for each newer checkpoint that is damaged.
+        damaged: those of them that are here.
+        seen: all that were here.
     """
 
     checkpoint: Path | None
     passed_over: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
+    seen: tuple[Path, ...] = ()
 
 
 def find_checkpoint(folder: Path, resume: str, remote: RemoteFolder | None = None) -> Found:
@@ -47,6 +51,8 @@ def find_checkpoint(folder: Path, resume: str, remote: RemoteFolder | None = Non
             outcome = [_look(folder, resume, remote)]
         except DinocompError as error:
             outcome = [error]
+        except OSError as error:
+            outcome = [ConfigError(f"{folder} cannot be read or written: {error}; see to the disk")]
     dist.broadcast_object_list(outcome, src=0)
     (found,) = outcome
     if isinstance(found, DinocompError):
@@ -60,6 +66,11 @@ def find_checkpoint(folder: Path, resume: str, remote: RemoteFolder | None = Non
 
 
 def _look(folder: Path, resume: str, remote: RemoteFolder | None) -> Found:
+    if old := sorted(folder.glob("iteration-*.pt")):
+        raise ConfigError(
+            f"{folder} holds checkpoints of an earlier dinocomp ({old[-1].name}), written otherwise. Start from "
+            f"their weights, with MODEL.WEIGHTS={old[-1]} and another train.output_dir, or move them away."
+        )
     here = {iteration_of(path): path for path in list_checkpoints(folder)}
     there = set(remote.list_whole()) if remote else set()
     places = str(folder) + (f" or {remote.address}" if remote else "")
@@ -74,22 +85,23 @@ def _look(folder: Path, resume: str, remote: RemoteFolder | None) -> Found:
             f"{max([*here, *there])}). Give another train.output_dir{' and checkpoint.remote' if there else ''}, or "
             "move them away."
         )
-    passed_over = []
+    passed_over, damaged = [], []
     for iteration in sorted({*here, *there}, reverse=True):
         path = here.get(iteration)
         fault = find_fault(path) if path else ""
         if fault:
             passed_over.append(f"{path.name} is passed over: {fault}")
+            damaged.append(path)
         if (fault or not path) and iteration in there:
             if path:
                 set_aside(path)
-            path, reason = _fetch(remote, iteration, folder)
+            path, reason = _fetch(remote, iteration, folder, with_files=iteration not in here)
             fault = ""
             if reason:
                 passed_over.append(reason)
         if path and not fault:
             check_state(path / STATE)
-            return Found(path, tuple(passed_over))
+            return Found(path, tuple(passed_over), tuple(damaged), tuple(list_checkpoints(folder)))
     if passed_over:
         # Starting anew would be a silent loss of all that they stand for.
         raise ConfigError(
@@ -99,8 +111,11 @@ def _look(folder: Path, resume: str, remote: RemoteFolder | None) -> Found:
     return Found(None)
 
 
-def _fetch(remote: RemoteFolder, iteration: int, folder: Path) -> tuple[Path | None, str]:
-    """A checkpoint from the object store, with the run's small files as they were then; or why it is none.
+def _fetch(remote: RemoteFolder, iteration: int, folder: Path, with_files: bool) -> tuple[Path | None, str]:
+    """A checkpoint from the object store; or why it is none.
+
+    Args:
+        with_files: whether the run has got further there than here, so that its small files come from there, too.
 
     Raises:
         RemoteError: the store does not answer or refuses: what is there is not known to be lost.
@@ -111,6 +126,6 @@ def _fetch(remote: RemoteFolder, iteration: int, folder: Path) -> tuple[Path | N
         if isinstance(error, DamagedError) or isinstance(error.__cause__, DamagedError):
             return None, f"iteration {iteration} in {remote.address} is passed over: {error}"
         raise
-    for name in RUN_FILES:
+    for name in RUN_FILES if with_files else ():
         remote.download_file(name, folder.parent / name)
     return path, ""

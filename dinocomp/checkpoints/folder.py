@@ -5,6 +5,7 @@ may be killed at any moment and leaves either a whole checkpoint or none. What a
 hashes tell.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -70,8 +71,6 @@ def publish(partial: Path, world_size: int = 1) -> Path:
     write_manifest(partial, files, iteration=iteration_of(final), world_size=world_size)
     for path in (*files, partial / MANIFEST, partial):
         _to_disk(path)
-    if final.exists():
-        discard(final)
     partial.rename(final)
     _to_disk(final.parent)
     return final
@@ -81,11 +80,11 @@ def find_fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint's files, in words; "" if they are as they were written. Reads all of them."""
     try:
         files = read_manifest(checkpoint)
-    except DamagedError as error:
+        for name, entry in files.items():
+            if xxh64(checkpoint / name) != entry.xxh64:
+                return f"{checkpoint / name} is not what was written (its hash differs)"
+    except (DamagedError, OSError) as error:
         return str(error)
-    for name, entry in files.items():
-        if xxh64(checkpoint / name) != entry.xxh64:
-            return f"{checkpoint / name} is not what was written (its hash differs)"
     return "" if STATE in files else f"{checkpoint / STATE} is missing"
 
 
@@ -118,5 +117,9 @@ def _to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Some network file systems do not have this for folders.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(handle)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from dinocomp.errors import DinocompError
+from dinocomp.errors import ConfigError, DinocompError
 
 FORMAT = "dinocomp-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -42,7 +42,7 @@ def write_manifest(folder: Path, files: Sequence[Path], *, iteration: int, world
 
 def world_size_of(folder: Path) -> int:
     """Processes that trained the whole checkpoint in `folder`."""
-    return int(json.loads((folder / MANIFEST).read_text())["world_size"])
+    return int(json.loads((folder / MANIFEST).read_text()).get("world_size", 1))
 
 
 def parse_manifest(text: bytes, where: str) -> dict[str, Entry]:
@@ -54,11 +54,12 @@ def parse_manifest(text: bytes, where: str) -> dict[str, Entry]:
 
     Raises:
         DamagedError: it is not a manifest, or names files outside of the checkpoint's folder.
+        ConfigError: another version of dinocomp has written it.
     """
     try:
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
-            raise DamagedError(f"{where} has the format {manifest['format']!r}, expected {FORMAT!r}; update dinocomp")
+            raise ConfigError(f"{where} has the format {manifest['format']!r}, expected {FORMAT!r}; update dinocomp")
         files = {name: Entry(int(file["bytes"]), str(file["xxh64"])) for name, file in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(

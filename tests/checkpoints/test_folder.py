@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 
 from dinocomp.checkpoints.folder import (
-    MANIFEST,
     STATE,
     begin,
     discard,
     expired,
     find_fault,
-    iteration_of,
     list_checkpoints,
     publish,
     set_aside,
     sweep,
 )
+from dinocomp.checkpoints.manifest import MANIFEST, iteration_of
+from dinocomp.errors import ConfigError
 
 
 def make(folder: Path, iteration: int, content: bytes = b"weights") -> Path:
@@ -54,7 +54,6 @@ def test_a_whole_one_has_no_fault_and_may_be_copied(tmp_path: Path) -> None:
         (lambda path: (path / MANIFEST).unlink(), "manifest.json cannot be read"),
         (lambda path: (path / MANIFEST).write_text("{"), "manifest.json is damaged"),
         (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is damaged"),
-        (lambda path: (path / MANIFEST).write_text('{"format": "x", "files": {}}'), "has the format 'x'"),
         (
             lambda path: (path / MANIFEST).write_text('{"format": "dinocomp-checkpoint-1", "files": {}}'),
             "checkpoint.pt is missing",
@@ -67,10 +66,18 @@ def test_damage_is_found(tmp_path: Path, damage, said: str) -> None:
     assert said in find_fault(checkpoint)
 
 
-def test_the_same_iteration_again(tmp_path: Path) -> None:
-    make(tmp_path, 4, b"old")
-    assert (make(tmp_path, 4, b"new") / STATE).read_bytes() == b"new"
-    assert len(list(tmp_path.iterdir())) == 1
+def test_a_checkpoint_of_another_version_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 4)
+    (checkpoint / MANIFEST).write_text('{"format": "dinocomp-checkpoint-2", "files": {}}')
+    with pytest.raises(ConfigError, match="update dinocomp"):
+        find_fault(checkpoint)
+
+
+def test_a_checkpoint_is_never_written_over(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 4, b"old")
+    with pytest.raises(OSError):
+        make(tmp_path, 4, b"new")
+    assert (checkpoint / STATE).read_bytes() == b"old"
 
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
