@@ -88,13 +88,24 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _say_start(loaded: "LoadedConfig", start: "Start") -> None:
+    from dinocomp.config.derive import total_iterations
+
     log = logging.getLogger("dinocomp")
+    config = loaded.config
     for notice in loaded.notices:
         log.info("note: %s", notice)
+    for line in start.passed_over:
+        log.warning("%s", line)
     if start.checkpoint:
         log.info("resuming from %s", start.checkpoint)
-        if loaded.config.MODEL.WEIGHTS or loaded.config.student.pretrained_weights:
+        if config.MODEL.WEIGHTS or config.student.pretrained_weights:
             log.info("note: weights to start from are not read again; a new train.output_dir starts from them")
+    elif config.MODEL.WEIGHTS:
+        log.info("starting at iteration %d from the weights in %s", start.iteration, config.MODEL.WEIGHTS)
+    elif config.student.pretrained_weights:
+        log.info("starting from the backbone in %s", config.student.pretrained_weights)
+    if start.iteration >= total_iterations(config):
+        return  # nothing is trained, with whatever settings
     for line in (*start.notes, *start.changed):
         log.info("note: %s", line)
 
@@ -109,7 +120,12 @@ def _train(run: "Run") -> int:
     missing = None
     try:
         if start.iteration >= run.iterations:
-            log.info("this run is finished: %d of %d iterations", run.iterations, run.iterations)
+            log.info(
+                "this run is finished: %d of %d iterations (optim.epochs=%d)",
+                start.iteration,
+                run.iterations,
+                run.config.optim.epochs,
+            )
             # The process that finished it may have been killed before it was done with these.
             run.callbacks.checkpoints.fit_start(run.trainer.state, run.trainer.logger)
             run.callbacks.evaluation.fit_end(run.trainer.state, run.trainer.logger)
@@ -139,10 +155,11 @@ def _train(run: "Run") -> int:
             for line in run.callbacks.checkpoints.copies.finish(_GRACE):
                 log.warning("not copied to %s yet: %s; the next start does it", start.remote.address, line)
         run.callbacks.stop.restore()
-    if run.callbacks.stop.requested:
+    told_to_stop = run.callbacks.stop.received is not None
+    if missing and told_to_stop:
+        log.warning("not copied to %s yet: %s", start.remote.address, "; ".join(missing))
+    if run.callbacks.stop.requested or (missing and told_to_stop):
         finished = int(run.trainer.state.timestamp.batch)
-        if missing:
-            log.warning("not copied to %s yet: %s", start.remote.address, "; ".join(missing))
         log.info("stopped at iteration %d of %d; the same command goes on", finished, run.iterations)
         return STOPPED
     if missing:
@@ -164,9 +181,12 @@ def _finish_copies(run: "Run") -> list[str]:
     copies, stop = run.callbacks.checkpoints.copies, run.callbacks.stop
     missing = []
     if copies:
-        if copies.pending:
-            logging.getLogger("dinocomp").info("waiting for copies to %s", run.start.remote.address)
         seconds = run.config.checkpoint.remote_wait_seconds
+        if copies.pending:
+            logging.getLogger("dinocomp").info(
+                "waiting up to %d s (checkpoint.remote_wait_seconds) for copies to %s: %s",
+                *(seconds, run.start.remote.address, ", ".join(copies.pending)),
+            )
         # A rank that ended earlier would have the launcher end all of them: the others are told to wait.
         missing = copies.finish(seconds, go_on=lambda: any_rank(True) and not stop.is_over(_GRACE))
         any_rank(False)

@@ -87,7 +87,8 @@ def build_callbacks(
     stop = StopOnSignal()
     bad_images = BadImages(config.data.max_bad_images)
     clip = ClipGradients(model, config.optim.clip_grad)
-    bad_steps = SkipBadSteps(model, clip, config.optim.max_bad_steps)
+    lr = "optim.lr" if config.optim.lr > 0 else "optim.base_lr"
+    bad_steps = SkipBadSteps(model, clip, config.optim.max_bad_steps, lr)
     retention = partial(expired, max_to_keep=config.checkpoint.max_to_keep, milestone=derive.milestone_interval(config))
     uploads = None
     if start.remote:
@@ -138,6 +139,7 @@ def build_callbacks(
             export_teacher=export_teacher,
             latest_teacher=output / TEACHER,
             damaged=start.damaged,
+            bad_steps=bad_steps,
             stop=stop,
             copies=uploads,
             on_failure=config.checkpoint.on_save_failure,

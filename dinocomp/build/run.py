@@ -48,8 +48,9 @@ def build_run(config: Config, start: Start) -> Run:
     """Everything, in order: images, model, loader, trainer."""
     images = training_images(config)
     check_enough(config, len(images))  # of a remote it was not known, of a folder some images may be unreadable
-    for advice in warnings(config, dist.get_world_size(), len(images)):
-        log.warning("%s -> %s", advice.what, advice.remedy)
+    if start.checkpoint is None or start.changed:  # else they have been given
+        for advice in warnings(config, dist.get_world_size(), len(images)):
+            log.warning("%s -> %s", advice.what, advice.remedy)
     pair = evaluation_pair(
         config.train.dataset_path,
         config.evaluation.train_dataset_path,

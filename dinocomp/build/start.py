@@ -1,5 +1,6 @@
 """What can be known, and refused, before images are converted or files written."""
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from composer.utils import dist
 from dinocomp.build.machine import check_attention, check_loggers, on_gpu
 from dinocomp.build.model import backbone_arguments, build_networks
 from dinocomp.checkpoints.find import find_checkpoint
-from dinocomp.checkpoints.folder import STATE
+from dinocomp.checkpoints.folder import STATE, TEACHER
 from dinocomp.checkpoints.manifest import iteration_of, world_size_of
 from dinocomp.checkpoints.remote import RemoteFolder
 from dinocomp.config import Config, derive, load_config
@@ -22,6 +23,10 @@ from dinocomp.interop import load_backbone, load_run, read_iteration
 from dinocomp.output import CONFIG, LOG
 
 _OF_A_RUN = (LOG, "checkpoints")  # what every run writes first, and what is worth going on from
+_OF_NETWORKS = (
+    r"student\.(arch|patch_size|layerscale|ffn_layer|\w+_bias|num_|embed_dim|depth|mlp_ratio|interpolate)"
+    r"|(dino|ibot)\.(head_|loss_weight|separate_head)|crops\.global_crops_size"
+)
 _BESIDE = (".yaml", ".yml", ".sh", ".txt", ".md", ".log", ".out", ".err")  # what people put beside a run
 
 
@@ -35,6 +40,7 @@ class Start:
         checkpoint: the folder of the checkpoint to go on from, None for a fresh start.
         iteration: finished iterations there, or those that `MODEL.KEEP_ITERATION` takes over from other weights.
         changed: for a run that goes on, a line for every key that is not what it was.
+        passed_over: a line for each newer checkpoint that is damaged.
         notes: other lines on how it goes on.
         damaged, seen: checkpoints that were passed over, and all that there are.
         remote: where checkpoints are copied to, on rank 0.
@@ -46,6 +52,7 @@ class Start:
     checkpoint: Path | None
     iteration: int = 0
     changed: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     damaged: tuple[Path, ...] = ()
     seen: tuple[Path, ...] = ()
@@ -77,8 +84,9 @@ def check_start(config: Config) -> Start:
     found = find_checkpoint(output / "checkpoints", config.checkpoint.resume, remote)
     checkpoint = found.checkpoint
     iteration = iteration_of(checkpoint) if checkpoint else 0
-    changed, notes = [], list(found.passed_over)
+    changed, notes = [], []
     if checkpoint is None:
+        _check_teacher(output)
         _check_weights(config)
         if config.MODEL.WEIGHTS and config.MODEL.KEEP_ITERATION:
             iteration = _iteration_to_keep(config)
@@ -86,7 +94,7 @@ def check_start(config: Config) -> Start:
         earlier = load_config(str(output / CONFIG)).config
         changed = differences(earlier, config)
         if any(describe(earlier) != describe(config) for describe in (backbone_arguments, derive.head_sizes)):
-            networks = [line for line in changed if line.startswith(("student.", "dino.", "ibot.", "crops."))]
+            networks = [line.partition(" (")[0] for line in changed if re.match(_OF_NETWORKS, line)]
             raise ConfigError(
                 f"{checkpoint} holds other networks: {'; '.join(networks)}. "
                 f"Give another train.output_dir, or the settings of {output / CONFIG}."
@@ -103,6 +111,7 @@ def check_start(config: Config) -> Start:
         checkpoint,
         iteration,
         changed=tuple(changed),
+        passed_over=found.passed_over,
         notes=tuple(notes),
         damaged=found.damaged,
         seen=found.seen,
@@ -173,6 +182,16 @@ def _check_output(output: Path, dataset_path: str) -> None:
         raise ConfigError(
             f"train.output_dir={output} holds other things ({shown}), among which a run would scatter its files. "
             f"Give it a folder of its own: train.output_dir={output / 'NAME'}"
+        )
+
+
+def _check_teacher(output: Path) -> None:
+    """Refuses a folder with a teacher and no checkpoint: a fresh start would write over all that is left of a run."""
+    if (output / TEACHER).exists():
+        raise ConfigError(
+            f"{output / TEACHER} is there, but no checkpoint to go on from: starting from scratch would write over it. "
+            "Give another train.output_dir (with MODEL.WEIGHTS set to that file, to start from it), put the "
+            "checkpoints back, or move the file away."
         )
 
 

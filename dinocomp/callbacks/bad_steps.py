@@ -14,8 +14,8 @@ from dinocomp.method import DINOv2
 log = logging.getLogger(__name__)
 
 _WHAT_TO_TRY = (
-    "Lower optim.base_lr or raise optim.warmup_epochs; lower optim.clip_grad (1.0); with fp16, type recipes=[bf16] "
-    "or dino.koleo_loss_weight=0; look at pictures/first_batch.png for broken images"
+    "Lower {lr} or raise optim.warmup_epochs; type optim.clip_grad=1; with fp16, type recipes=[bf16] or "
+    "dino.koleo_loss_weight=0; look at pictures/first_batch.png for broken images"
 )
 
 
@@ -27,6 +27,7 @@ class SkipBadSteps(Callback):
 
     Args:
         max_in_a_row: raise after so many; 0 never does.
+        lr: the key that sets the learning rate.
 
     Attributes:
         bad: whether the last step was.
@@ -34,10 +35,11 @@ class SkipBadSteps(Callback):
         in_a_row: those at its end.
     """
 
-    def __init__(self, model: DINOv2, clip: ClipGradients, max_in_a_row: int) -> None:
+    def __init__(self, model: DINOv2, clip: ClipGradients, max_in_a_row: int, lr: str = "optim.base_lr") -> None:
         self.model = model
         self.clip = clip
         self.max_in_a_row = max_in_a_row
+        self.lr = lr
         self.bad = False
         self.count = self.in_a_row = 0
 
@@ -73,5 +75,6 @@ class SkipBadSteps(Callback):
             raise TrainingError(
                 f"{self.in_a_row} steps in a row up to iteration {iteration} had a loss or gradient that is not finite "
                 f"(optim.max_bad_steps={self.max_in_a_row}); the last: {seen}. Weights and checkpoints are as before "
-                f"them. {_WHAT_TO_TRY}. The same command then goes on from the last checkpoint."
+                f"them. {_WHAT_TO_TRY.format(lr=self.lr)}. The run then goes on from its newest checkpoint, if it has "
+                "one; should it end like this again, move that one away to go on from the one before."
             )

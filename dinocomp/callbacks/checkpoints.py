@@ -10,6 +10,7 @@ from composer import Callback, Logger, State
 from composer.utils import dist, save_checkpoint
 from safetensors import SafetensorError
 
+from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.callbacks.stop import StopOnSignal
 from dinocomp.checkpoints.folder import (
     STATE,
@@ -43,6 +44,7 @@ class Checkpoints(Callback):
         export_teacher: writes the teacher, of an iteration, to a path.
         latest_teacher: where the newest checkpoint's teacher is also found.
         damaged: those that resuming has passed over; they are put aside.
+        bad_steps: puts off a checkpoint while steps are skipped.
         stop: asks for a checkpoint at any iteration.
         copies: to an object store, or None.
         on_failure: `raise` to stop where a checkpoint cannot be written, `warn` to go on without it. The last
@@ -59,6 +61,7 @@ class Checkpoints(Callback):
         export_teacher: Callable[[Path, int], None],
         latest_teacher: Path,
         damaged: Sequence[Path],
+        bad_steps: SkipBadSteps,
         stop: StopOnSignal,
         copies: Uploads | None = None,
         on_failure: str = "raise",
@@ -70,9 +73,11 @@ class Checkpoints(Callback):
         self.export_teacher = export_teacher
         self.latest_teacher = latest_teacher
         self.damaged = damaged
+        self.bad_steps = bad_steps
         self.stop = stop
         self.copies = copies
         self.on_failure = on_failure
+        self.owed = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Also for a run whose training had ended: settles what a process left that was killed while it saved."""
@@ -92,8 +97,10 @@ class Checkpoints(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         finished = int(state.timestamp.batch)
         is_last = finished == self.total or self.stop.requested
-        if finished % self.interval and not is_last:
-            return
+        self.owed = self.owed or finished % self.interval == 0
+        if not is_last and (not self.owed or self.bad_steps.in_a_row):
+            return  # weights between bad steps may be about to break: the next good step has the checkpoint
+        self.owed = False
         failure = self._save(state, finished)
         if not failure:
             return
@@ -101,7 +108,8 @@ class Checkpoints(Callback):
         message = (
             f"the checkpoint of iteration {finished} could not be written to {self.folder}: {failure}. "
             f"{f'The one before it is whole: {kept[-1].name}' if kept else 'There is no earlier one'}. "
-            "Free some space (disk or quota), or lower checkpoint.max_to_keep"
+            f"{shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free there; while one is written there is one "
+            "more than checkpoint.max_to_keep. Make room (disk or quota), or keep fewer"
         )
         if is_last or self.on_failure == "raise":
             raise TrainingError(f"{message}; then give the same command again.")
@@ -116,7 +124,9 @@ class Checkpoints(Callback):
         try:
             save_checkpoint(state, str(partial / STATE))
         except (OSError, RuntimeError) as error:
-            failure = f"{type(error).__name__}: {error}"
+            # torch goes on after a full disk, and trips over what it could not write.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            failure = f"{type(cause).__name__}: {cause}"
             dist.barrier()  # the other ranks, which write nothing, wait in the one at the end of save_checkpoint
         failure = _on_rank_0(lambda: self._publish(partial, finished, failure))
         if failure and dist.get_global_rank() == 0:
@@ -161,6 +171,8 @@ def _link(file: Path, name: Path) -> None:
     """Makes `name` the same as `file` without room of its own, where the file system can."""
     partial = name.with_name(f".{name.name}.partial")
     partial.unlink(missing_ok=True)
+    if name.exists() and name.samefile(file):
+        return
     try:
         os.link(file, partial)
     except OSError:

@@ -55,7 +55,7 @@ class StopOnSignal(Callback):
             self.received, self._since = signal.Signals(number), now
             if dist.get_global_rank() == 0:
                 # Not print, which may be what the signal interrupts.
-                text = "stopping after this step, with a checkpoint; a second signal leaves at once"
+                text = "stopping in order, with a checkpoint; a second signal leaves at once"
                 os.write(2, f"{self.received.name}: {text}\n".encode())
         elif now - self._since > _ONE_REQUEST:
             os._exit(128 + number)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from composer.utils import dist
 
-from dinocomp.checkpoints.folder import STATE, find_fault, list_checkpoints, set_aside
+from dinocomp.checkpoints.folder import STATE, TEACHER, find_fault, list_checkpoints, set_aside
 from dinocomp.checkpoints.manifest import DamagedError, iteration_of
 from dinocomp.checkpoints.plain import check_state
 from dinocomp.checkpoints.remote import RemoteFolder
@@ -106,7 +106,8 @@ def _look(folder: Path, resume: str, remote: RemoteFolder | None) -> Found:
         # Starting anew would be a silent loss of all that they stand for.
         raise ConfigError(
             "no checkpoint is whole:\n  " + "\n  ".join(passed_over) + f"\nPut a whole one into {folder}, or give "
-            "another train.output_dir to start from scratch."
+            "another train.output_dir to start from scratch, or from the weights here "
+            f"(MODEL.WEIGHTS={folder.parent / TEACHER})."
         )
     return Found(None)
 

@@ -16,6 +16,7 @@ from dinocomp.checkpoints.manifest import (
     MANIFEST,
     DamagedError,
     folder_name,
+    is_of,
     iteration_of,
     read_manifest,
     write_manifest,
@@ -83,6 +84,8 @@ def find_fault(checkpoint: Path) -> str:
         for name, entry in files.items():
             if xxh64(checkpoint / name) != entry.xxh64:
                 return f"{checkpoint / name} is not what was written (its hash differs)"
+        if not is_of(checkpoint, iteration_of(checkpoint)):
+            return f"{checkpoint} is of another iteration than its name says"
     except (DamagedError, OSError) as error:
         return str(error)
     return "" if STATE in files else f"{checkpoint / STATE} is missing"

@@ -40,6 +40,11 @@ def write_manifest(folder: Path, files: Sequence[Path], *, iteration: int, world
     (folder / MANIFEST).write_text(json.dumps(content, indent=1))
 
 
+def is_of(folder: Path, iteration: int) -> bool:
+    """Whether the whole checkpoint in `folder` is the one after `iteration` iterations."""
+    return json.loads((folder / MANIFEST).read_text()).get("iteration") == iteration
+
+
 def world_size_of(folder: Path) -> int:
     """Processes that trained the whole checkpoint in `folder`."""
     return int(json.loads((folder / MANIFEST).read_text()).get("world_size", 1))

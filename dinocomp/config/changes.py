@@ -33,10 +33,14 @@ def differences(earlier: Config, now: Config) -> list[str]:
     """ "KEY was A, is B (what that does)" for every key whose value differs, but for the output folder."""
     before = {spec.name: spec.default for spec in walk(earlier)}
     return [
-        f"{spec.name} was {before[spec.name]}, is {spec.default} ({_effect(spec.name)})"
+        f"{spec.name} was {_shown(before[spec.name])}, is {_shown(spec.default)} ({_effect(spec.name)})"
         for spec in walk(now)
         if before[spec.name] != spec.default and spec.name != "train.output_dir"
     ]
+
+
+def _shown(value: object) -> str:
+    return "''" if value == "" else str(value)
 
 
 def _effect(name: str) -> str:

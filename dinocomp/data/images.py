@@ -42,7 +42,9 @@ def open_rgb(data: bytes) -> tuple[Image.Image, str]:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image)), name
     except UnidentifiedImageError:
-        raise DataError(f"not an image in a known format (it begins with {data[:8]!r})") from None
+        raise DataError(
+            f"not an image in a known format, or damaged at its start (it begins with {data[:8]!r})"
+        ) from None
     except Image.DecompressionBombError as error:
         raise DataError(f"too large to be decoded safely: {error}") from None
     except DataError:
