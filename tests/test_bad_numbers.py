@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinocomp.checkpoints.folder import list_checkpoints
+from dinocomp.checkpoints.manifest import iteration_of
 from dinocomp.method import DINOv2
 from dinocomp.train import main
 
@@ -48,23 +50,31 @@ def test_all_ranks_skip_together(tmp_path: Path, free_port: int) -> None:
 
 
 def test_too_many_bad_steps_end_the_run(tmp_path: Path) -> None:
-    """Counted across a restart; the message says what to try; the checkpoint holds finite weights."""
+    """The message says what to try. A checkpoint that is due among bad steps is put off until the next good one."""
     arguments = [
         yaml_of_nothing(tmp_path),
         *words(tmp_path / "run", train__OFFICIAL_EPOCH_LENGTH=2, optim__epochs=6, optim__max_bad_steps=4),
     ]
-    bad = [2, 4, 5, 6, 7, 8, 9, 10]
+    bad = [2, 5, 6, 8, 9, 10, 11]
     assert processes.finish(processes.start(arguments, processes.spoil, bad, -1, "gradient")) == 3
     said = (tmp_path / "run" / "train.log").read_text()
-    assert "4 steps in a row up to iteration 7" in said and "optim.max_bad_steps=4" in said
+    assert "4 steps in a row up to iteration 11" in said and "optim.max_bad_steps=4" in said
     assert "Lower optim.base_lr" in said
-    saved = load_checkpoint(tmp_path / "run", 6)
+    assert [iteration_of(path) for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [3, 4, 7]
+    saved = load_checkpoint(tmp_path / "run", 7)
     assert all(
         torch.isfinite(tensor).all() for tensor in saved["state"]["model"].values() if tensor.is_floating_point()
     )
-    assert processes.finish(processes.start(arguments, processes.spoil, [1], -1, "gradient")) == 3, "3 and 1 make 4"
     assert processes.finish(processes.start(arguments)) == 0
-    assert metrics(tmp_path / "run")[-1]["bad_steps"] == 4, "those of iterations 2, 4, 5 and 6"
+    assert metrics(tmp_path / "run")[-1]["bad_steps"] == 3, "those of iterations 2, 5 and 6"
+
+
+def test_bad_steps_are_counted_across_a_stop(tmp_path: Path) -> None:
+    arguments = [yaml_of_nothing(tmp_path), *words(tmp_path / "run", optim__max_bad_steps=4)]
+    bad = [6, 7, 8]
+    stop = (processes.spoil_and_stop, bad, 8)
+    assert processes.finish(processes.start(arguments, *stop)) == 75
+    assert processes.finish(processes.start(arguments, processes.spoil, [1], -1, "gradient")) == 3, "3 and 1 make 4"
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,16 @@ def test_a_stop_at_an_evaluation(tmp_path: Path) -> None:
     assert evaluated() == [6, 12]
 
 
+def test_a_teacher_without_checkpoints_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nothing = yaml_of_nothing(tmp_path)
+    assert main([nothing, *words(tmp_path / "run", optim__epochs=1)]) == 0
+    teacher = tmp_path / "run" / "teacher.safetensors"
+    before = teacher.read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert main([nothing, *words(tmp_path / "run", optim__epochs=1)]) == 2
+    assert "starting from scratch would write over it" in capsys.readouterr().err and teacher.read_bytes() == before
+
+
 def test_checkpoints_of_an_earlier_layout_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/iteration-00000004.pt").write_bytes(b"old")

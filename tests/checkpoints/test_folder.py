@@ -40,8 +40,8 @@ def test_what_is_listed(tmp_path: Path) -> None:
 def test_a_whole_one_has_no_fault_and_may_be_copied(tmp_path: Path) -> None:
     checkpoint = make(tmp_path, 4)
     assert find_fault(checkpoint) == ""
-    checkpoint.rename(tmp_path / "elsewhere")
-    assert find_fault(tmp_path / "elsewhere") == ""
+    (tmp_path / "elsewhere").mkdir()
+    assert find_fault(checkpoint.rename(tmp_path / "elsewhere" / checkpoint.name)) == ""
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,11 @@ def test_a_checkpoint_of_another_version_is_not_taken_for_damaged(tmp_path: Path
     (checkpoint / MANIFEST).write_text('{"format": "dinocomp-checkpoint-2", "files": {}}')
     with pytest.raises(ConfigError, match="update dinocomp"):
         find_fault(checkpoint)
+
+
+def test_a_stranger_under_another_number_is_not_whole(tmp_path: Path) -> None:
+    stranger = make(tmp_path, 4).rename(tmp_path / "iteration-00000200")
+    assert "of another iteration than its name says" in find_fault(stranger)
 
 
 def test_a_checkpoint_is_never_written_over(tmp_path: Path) -> None:
