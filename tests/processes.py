@@ -169,10 +169,10 @@ def spoil(iterations: list[int], rank: int, how: str) -> None:
     DINOv2.loss = loss
 
 
-def spoil_and_stop(iterations: list[int], last: int) -> None:
-    """Bad steps at these iterations, and a signal to stop in the last of them."""
-    spoil(iterations, -1, "gradient")
-    signal_at_iteration(last, signal.SIGTERM)
+def spoil_and_stop(iterations: list[int], rank: int, how: str) -> None:
+    """As `spoil`, and a signal to stop in the last of these iterations."""
+    spoil(iterations, rank, how)
+    signal_at_iteration(iterations[-1], signal.SIGTERM)
 
 
 def _at_iteration(iteration: int, action: Callable[[], object]) -> None:

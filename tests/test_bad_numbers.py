@@ -18,12 +18,13 @@ pytestmark = pytest.mark.usefixtures("one_cache")
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_a_bad_step_is_not_taken(tmp_path: Path, how: str) -> None:
-    """Iteration 6 of a run with a checkpoint at each: 5 and 6 differ in nothing that is learnt."""
+    """Iteration 6 of a run with a checkpoint at each, stopped there: 5 and 6 differ in nothing that is learnt."""
     arguments = [
         yaml_of_nothing(tmp_path),
         *words(tmp_path / "run", train__OFFICIAL_EPOCH_LENGTH=1, optim__epochs=8, checkpoint__max_to_keep=0),
     ]
-    assert processes.finish(processes.start(arguments, processes.spoil, [6], -1, how)) == 0
+    assert processes.finish(processes.start(arguments, processes.spoil_and_stop, [6], -1, how)) == 75
+    assert processes.finish(processes.start(arguments)) == 0
     before, after, then = (weights(tmp_path / "run", iteration) for iteration in (5, 6, 7))
     learnt = [name for name in before if not name.startswith("/rng")]
     assert any("dino_targets.center" in name for name in learnt) and any("exp_avg_sq" in name for name in learnt)
@@ -37,13 +38,13 @@ def test_a_bad_step_is_not_taken(tmp_path: Path, how: str) -> None:
 
 
 def test_all_ranks_skip_together(tmp_path: Path, free_port: int) -> None:
-    """Only rank 1 has an infinite loss; both ranks leave the step out, and the run goes on."""
+    """Only rank 1 has an infinite loss; both ranks leave the step out."""
     arguments = [
         yaml_of_nothing(tmp_path),
         *words(tmp_path / "run", train__OFFICIAL_EPOCH_LENGTH=1, optim__epochs=5, checkpoint__max_to_keep=0),
     ]
-    ranks = processes.start_ranks(arguments, 2, free_port, processes.spoil, [3], 1, "loss")
-    assert [processes.finish(rank) for rank in ranks] == [0, 0]
+    ranks = processes.start_ranks(arguments, 2, free_port, processes.spoil_and_stop, [3], 1, "loss")
+    assert [processes.finish(rank) for rank in ranks] == [75, 75]
     before, after = weights(tmp_path / "run", 2), weights(tmp_path / "run", 3)
     assert not [name for name in before if not name.startswith("/rng") and not torch.equal(before[name], after[name])]
     assert "(of another process): step skipped" in (tmp_path / "run" / "train.log").read_text()
@@ -71,8 +72,7 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path) -> None:
 
 def test_bad_steps_are_counted_across_a_stop(tmp_path: Path) -> None:
     arguments = [yaml_of_nothing(tmp_path), *words(tmp_path / "run", optim__max_bad_steps=4)]
-    bad = [6, 7, 8]
-    stop = (processes.spoil_and_stop, bad, 8)
+    stop = (processes.spoil_and_stop, [6, 7, 8], -1, "gradient")
     assert processes.finish(processes.start(arguments, *stop)) == 75
     assert processes.finish(processes.start(arguments, processes.spoil, [1], -1, "gradient")) == 3, "3 and 1 make 4"
 

@@ -55,7 +55,9 @@ def test_a_whole_one_has_no_fault_and_may_be_copied(tmp_path: Path) -> None:
         (lambda path: (path / MANIFEST).write_text("{"), "manifest.json is damaged"),
         (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is damaged"),
         (
-            lambda path: (path / MANIFEST).write_text('{"format": "dinocomp-checkpoint-1", "files": {}}'),
+            lambda path: (path / MANIFEST).write_text(
+                '{"format": "dinocomp-checkpoint-1", "iteration": 4, "files": {}}'
+            ),
             "checkpoint.pt is missing",
         ),
     ],
