@@ -94,7 +94,7 @@ def test_killed_before_each_file_operation_of_saving(command: Callable, uninterr
     ("workers", "centering"),
     [
         (0, "centering"),
-        (2, "sinkhorn_knopp"),
+        pytest.param(2, "sinkhorn_knopp", marks=pytest.mark.slow),
         pytest.param(0, "sinkhorn_knopp", marks=pytest.mark.slow),
         pytest.param(2, "centering", marks=pytest.mark.slow),
     ],

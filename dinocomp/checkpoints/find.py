@@ -91,14 +91,15 @@ def _look(folder: Path, resume: str, remote: RemoteFolder | None) -> Found:
         fault = find_fault(path) if path else ""
         if fault:
             passed_over.append(f"{path.name} is passed over: {fault}")
-            damaged.append(path)
         if (fault or not path) and iteration in there:
             if path:
-                set_aside(path)
+                set_aside(path)  # its place is needed
             path, reason = _fetch(remote, iteration, folder, with_files=iteration not in here)
             fault = ""
             if reason:
                 passed_over.append(reason)
+        elif fault:
+            damaged.append(path)
         if path and not fault:
             check_state(path / STATE)
             return Found(path, tuple(passed_over), tuple(damaged), tuple(list_checkpoints(folder)))

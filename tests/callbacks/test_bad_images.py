@@ -59,13 +59,13 @@ def test_skipped_counted_and_remembered(tmp_path: Path, data: Path, capsys: pyte
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_raise(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture, workers: int) -> None:
-    assert run(tmp_path / "run", data, data__on_bad_image="raise", train__num_workers=workers) == 2
+    assert run(tmp_path / "run", data, data__on_bad_image="raise", train__num_workers=workers) == 3
     error = capsys.readouterr().err
     assert "error: image 'photo-" in error and "cannot be decoded" in error and "Traceback" not in error
 
 
 def test_too_many(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(tmp_path / "run", data, data__max_bad_images=2) == 2
+    assert run(tmp_path / "run", data, data__max_bad_images=2) == 3
     error = capsys.readouterr().err
     assert f"3 images of {data} could not be decoded, more than data.max_bad_images=2" in error
     assert all(f"'photo-{n}.png'" in error for n in BAD) and "dinocomp convert" in error
@@ -86,7 +86,7 @@ def test_evaluation_leaves_them_out(tmp_path: Path, data: Path, caplog: pytest.L
 def test_evaluation_that_raises(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
     write(tmp_path / "clean", bad=())
     pair = {"evaluation__train_dataset_path": data, "evaluation__val_dataset_path": data}
-    assert run(tmp_path / "run", tmp_path / "clean", **pair, data__on_bad_image="raise", optim__epochs=1) == 2
+    assert run(tmp_path / "run", tmp_path / "clean", **pair, data__on_bad_image="raise", optim__epochs=1) == 3
     assert "error: image 'photo-3.png'" in capsys.readouterr().err
 
 
