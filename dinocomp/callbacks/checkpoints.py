@@ -108,8 +108,8 @@ class Checkpoints(Callback):
         message = (
             f"the checkpoint of iteration {finished} could not be written to {self.folder}: {failure}. "
             f"{f'The one before it is whole: {kept[-1].name}' if kept else 'There is no earlier one'}. "
-            f"{shutil.disk_usage(self.latest_teacher.parent).free / 1e6:,.0f} MB are free there; while one is written there is one "
-            "more than checkpoint.max_to_keep. Make room (disk or quota), or keep fewer"
+            f"{shutil.disk_usage(self.latest_teacher.parent).free / 1e6:,.0f} MB are free there; while one is written "
+            "there is one more than checkpoint.max_to_keep. Make room (disk or quota), or keep fewer"
         )
         if is_last or self.on_failure == "raise":
             raise TrainingError(f"{message}; then give the same command again.")
