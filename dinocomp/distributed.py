@@ -1,8 +1,15 @@
 """What the losses need of the other ranks, and what ranks agree on; on one process, nothing."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dinocomp.errors import DinocompError
+
+T = TypeVar("T")
 
 _cpu_group: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # the default group, and gloo over its ranks
 
@@ -25,6 +32,27 @@ def any_rank(flag: bool) -> bool:
     said = torch.tensor(int(flag))
     dist.all_reduce(said, op=dist.ReduceOp.MAX, group=_gloo())
     return bool(said)
+
+
+def on_rank_0(action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0, the only one to do it, on all ranks. It must be possible to pickle that.
+
+    Raises:
+        DinocompError: on all ranks, where rank 0's action raises it; none is left waiting.
+    """
+    if world_size() == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [action(), None]
+        except DinocompError as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, src=0, group=_gloo())
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
 
 
 def _gloo() -> dist.ProcessGroup:

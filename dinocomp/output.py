@@ -32,6 +32,7 @@ def open_output(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=_LAST_BREATH)
+        _start_log(folder / LOG)
     except Timeout as error:
         raise ConfigError(
             f"another run is at work in train.output_dir={folder}. Wait for its end, stop it, or give another folder."
@@ -39,7 +40,6 @@ def open_output(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"train.output_dir={folder} cannot be written to: {error}; give another one") from error
     try:
-        _start_log(folder / LOG)
         yield
     except BaseException:
         logging.getLogger("dinocomp").debug("the run was left by an error", exc_info=True)

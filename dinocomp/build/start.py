@@ -17,7 +17,8 @@ from dinocomp.checkpoints.remote import RemoteFolder
 from dinocomp.config import Config, derive, load_config
 from dinocomp.config.changes import differences
 from dinocomp.data import check_images
-from dinocomp.errors import ConfigError, DinocompError, WeightsError
+from dinocomp.distributed import on_rank_0
+from dinocomp.errors import ConfigError, WeightsError
 from dinocomp.hints import missing, obstacle
 from dinocomp.interop import load_backbone, load_run, read_iteration
 from dinocomp.output import CONFIG, LOG
@@ -127,18 +128,9 @@ def _open_remote(config: Config) -> RemoteFolder | None:
     """
     if not config.checkpoint.remote:
         return None
-    outcome: list[str | None] = [None]
-    remote = None
-    if dist.get_global_rank() == 0:
-        try:
-            remote = RemoteFolder(config.checkpoint.remote)
-            remote.check()
-        except DinocompError as error:
-            outcome = [str(error)]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
-        raise ConfigError(outcome[0])
-    return remote
+    remote = RemoteFolder(config.checkpoint.remote)
+    on_rank_0(remote.check)
+    return remote if dist.get_global_rank() == 0 else None
 
 
 def check_enough(config: Config, images: int) -> None:

@@ -25,6 +25,7 @@ from dinocomp.checkpoints.folder import (
 )
 from dinocomp.checkpoints.manifest import iteration_of
 from dinocomp.checkpoints.uploads import Uploads
+from dinocomp.distributed import on_rank_0
 from dinocomp.errors import TrainingError
 
 log = logging.getLogger(__name__)
@@ -117,25 +118,20 @@ class Checkpoints(Callback):
 
     def _save(self, state: State, finished: int) -> str:
         """Writes a checkpoint; gives, on all ranks, why that failed, or ""."""
-        partial = partial_of(self.folder, finished)
-        if failure := _on_rank_0(lambda: begin(self.folder, finished)):  # before the others wait for what it writes
+        partial, first = partial_of(self.folder, finished), dist.get_global_rank() == 0
+        # Before the other ranks wait for what rank 0 writes.
+        if failure := on_rank_0(lambda: _failure(lambda: begin(self.folder, finished))):
             return failure
-        failure = ""
-        try:
-            save_checkpoint(state, str(partial / STATE))
-        except (OSError, RuntimeError) as error:
-            # torch goes on after a full disk, and trips over what it could not write.
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            failure = f"{type(cause).__name__}: {cause}"
-            dist.barrier()  # the other ranks, which write nothing, wait in the one at the end of save_checkpoint
-        failure = _on_rank_0(lambda: self._publish(partial, finished, failure))
-        if failure and dist.get_global_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        return failure
-
-    def _publish(self, partial: Path, finished: int, failure: str) -> None:
+        failure = _failure(lambda: save_checkpoint(state, str(partial / STATE)))
         if failure:
-            raise OSError(failure)
+            dist.barrier()  # the other ranks, which write nothing, wait in the one at the end of save_checkpoint
+        if first:
+            failure = failure or _failure(lambda: self._publish(partial, finished))
+            if failure:
+                shutil.rmtree(partial, ignore_errors=True)
+        return on_rank_0(lambda: failure)
+
+    def _publish(self, partial: Path, finished: int) -> None:
         self.export_teacher(partial / TEACHER, finished)
         path = publish(partial, dist.get_world_size())
         log.info("checkpoint: %s", path)
@@ -155,16 +151,15 @@ class Checkpoints(Callback):
             log.warning("%s is whole, but what follows it failed (%s); it is tried again with the next", newest, error)
 
 
-def _on_rank_0(action: Callable[[], object]) -> str:
-    """Why `action` failed on rank 0, or "", on all ranks."""
-    failure = [""]
-    if dist.get_global_rank() == 0:
-        try:
-            action()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            failure = [str(error) if type(error) is OSError and not error.errno else f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(failure, src=0)
-    return failure[0]
+def _failure(action: Callable[[], object]) -> str:
+    """Why `action`, which writes files, fails; "" if it does not."""
+    try:
+        action()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch goes on after a full disk, and trips over what it could not write.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        return f"{type(cause).__name__}: {cause}"
+    return ""
 
 
 def _link(file: Path, name: Path) -> None:

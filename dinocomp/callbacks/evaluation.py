@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from dinocomp.callbacks.stop import StopOnSignal
 from dinocomp.data import Images
+from dinocomp.distributed import on_rank_0
 from dinocomp.evaluate import extract_features, gather_features, knn_accuracy
 from dinocomp.method import DINOv2
 
@@ -83,18 +84,15 @@ class OnlineEvaluation(Callback):
         }
         self.export_teacher = export_teacher
         self.stop = stop
-        shared = [_read(self.path) if dist.get_global_rank() == 0 else None]
-        dist.broadcast_object_list(shared, src=0)
-        self.accuracy: dict[int, dict[int, float]] = shared[0]
+        self.accuracy = on_rank_0(lambda: _read(self.path))
 
     def fit_start(self, state: State, logger: Logger) -> None:
         finished = int(state.timestamp.batch)
         self.accuracy = {i: a for i, a in self.accuracy.items() if i <= finished}
         if self.at_start and finished == 0:
             self._evaluate(0, logger)
-        copied = [self._copy_of(finished).exists()]
-        dist.broadcast_object_list(copied, src=0)
-        if self._is_due(finished) and not (copied[0] and (self.pair is None or finished in self.accuracy)):
+        copied = on_rank_0(self._copy_of(finished).exists)
+        if self._is_due(finished) and not (copied and (self.pair is None or finished in self.accuracy)):
             self._keep_and_evaluate(finished, logger)  # the process before this one did not come to it
 
     def batch_end(self, state: State, logger: Logger) -> None:

@@ -10,7 +10,8 @@ from dinocomp.checkpoints.manifest import DamagedError, iteration_of
 from dinocomp.checkpoints.plain import check_state
 from dinocomp.checkpoints.remote import RemoteFolder
 from dinocomp.checkpoints.store import RemoteError
-from dinocomp.errors import ConfigError, DinocompError
+from dinocomp.distributed import on_rank_0
+from dinocomp.errors import ConfigError
 from dinocomp.output import RUN_FILES
 
 
@@ -45,18 +46,14 @@ def find_checkpoint(folder: Path, resume: str, remote: RemoteFolder | None = Non
             or a rank does not see what rank 0 sees.
         WeightsError: the newest whole one holds code.
     """
-    outcome: list[Found | DinocompError | None] = [None]
-    if dist.get_global_rank() == 0:
+
+    def look() -> Found:
         try:
-            outcome = [_look(folder, resume, remote)]
-        except DinocompError as error:
-            outcome = [error]
+            return _look(folder, resume, remote)
         except OSError as error:
-            outcome = [ConfigError(f"{folder} cannot be read or written: {error}; see to the disk")]
-    dist.broadcast_object_list(outcome, src=0)
-    (found,) = outcome
-    if isinstance(found, DinocompError):
-        raise found
+            raise ConfigError(f"{folder} cannot be read or written: {error}; see to the disk") from error
+
+    found = on_rank_0(look)
     if found.checkpoint and not found.checkpoint.is_dir():
         raise ConfigError(
             f"rank 0 goes on from {found.checkpoint}, which rank {dist.get_global_rank()} does not see. "
