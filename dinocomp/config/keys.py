@@ -13,6 +13,7 @@ class Key:
     """One key: its dotted name, annotation, default, one line of meaning, and the values it takes.
 
     `minimum` and `maximum` are allowed values themselves, `above` and `below` are not; on a list they bound each item.
+    An `int | str` is a whole number within the bounds or a word among `choices`.
     A key with `no_longer` is accepted for the sake of existing files but changes nothing; the text says why.
     """
 
@@ -76,8 +77,13 @@ def walk_sections(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from walk_sections(value, f"{prefix}{item.name}.")
 
 
+_NUMBER_OR_WORD = int | str
+
+
 def _inner(annotation: Any) -> tuple[Any, bool]:
-    """`T | None` -> (T, True); anything else -> (itself, False)."""
+    """`T | None` -> (T, True), `int | str` -> (int, False); anything else -> (itself, False)."""
+    if annotation == _NUMBER_OR_WORD:
+        return int, False
     if isinstance(annotation, types.UnionType):
         return next(a for a in annotation.__args__ if a is not types.NoneType), True
     return annotation, False
@@ -96,6 +102,8 @@ _TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str:
 def type_name(annotation: Any) -> str:
     """The annotation in words, as shown in errors and tables: `whole number`, `number or null`, `list of 2 numbers`."""
     inner, optional = _inner(annotation)
+    if annotation == _NUMBER_OR_WORD:
+        return "whole number or word"
     if typing.get_origin(inner) is tuple:
         items = typing.get_args(inner)
         count = "" if items[-1] is Ellipsis else f"{len(items)} "
@@ -110,8 +118,8 @@ def convert(value: Any, annotation: Any) -> Any:
         TypeError: the value does not fit; the text is what was expected.
     """
     inner, optional = _inner(annotation)
-    if value is None and optional:
-        return None
+    if (value is None and optional) or (annotation == _NUMBER_OR_WORD and isinstance(value, str)):
+        return value
     if typing.get_origin(inner) is tuple:
         items = typing.get_args(inner)
         if not isinstance(value, list | tuple) or (items[-1] is not Ellipsis and len(value) != len(items)):
@@ -131,18 +139,19 @@ def convert(value: Any, annotation: Any) -> Any:
 
 def range_text(spec: Key) -> str:
     """The values a key takes in words: `one of a, b`, `at least 0, below 1`, or nothing where any will do."""
-    if spec.choices:
+    if spec.choices and spec.annotation is str:
         return "one of " + ", ".join(spec.choices)
     words = {"at least": spec.minimum, "above": spec.above, "at most": spec.maximum, "below": spec.below}
     shown = {word: f"{bound:g}" if isinstance(bound, float) else str(bound) for word, bound in words.items()}
-    return ", ".join(f"{word} {shown[word]}" for word, bound in words.items() if bound is not None)
+    bounds = [f"{word} {shown[word]}" for word, bound in words.items() if bound is not None]
+    return ", ".join(bounds + [f"or {choice}" for choice in spec.choices])
 
 
 def out_of_range(spec: Key, value: Any) -> bool:
     """Whether a value of the right type lies outside what the key takes. `None` never does."""
     items = value if isinstance(value, tuple) else (value,)
     for item in items:
-        if spec.choices and item not in spec.choices:
+        if isinstance(item, str) and spec.choices and item not in spec.choices:
             return True
         if isinstance(item, bool) or not isinstance(item, int | float):
             continue

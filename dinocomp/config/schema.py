@@ -10,7 +10,10 @@ from dinocomp.config.keys import key, section
 
 # ruff: noqa: RUF009 (`section` returns a dataclass field with a factory: nothing mutable is shared)
 _DTYPES = ("fp32", "fp16", "bf16")
-_NOT_SHARDED = "networks are not sharded yet: every process holds whole ones"
+_SHARDING = ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
+_ONE_STRATEGY = (
+    "one strategy for all networks, parallelism.strategy; the teacher's weights are always freed after its forward"
+)
 _ONE_PRECISION = "one precision for the whole model, performance.precision"
 
 
@@ -41,8 +44,8 @@ class NetworkPrecision:
     sharding_strategy: str = key(
         "SHARD_GRAD_OP",
         "how the network is split over processes",
-        choices=("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD"),
-        no_longer=_NOT_SHARDED,
+        choices=_SHARDING,
+        no_longer=_ONE_STRATEGY,
     )
     mixed_precision: MixedPrecision = section(MixedPrecision, "number types of the network")
 
@@ -56,8 +59,17 @@ class StudentBackboneNumbers(MixedPrecision):
     )
 
 
+@dataclass(frozen=True)
+class StudentBackbonePrecision(NetworkPrecision):
+    sharding_strategy: str = key(
+        "SHARD_GRAD_OP",
+        "where parallelism.strategy is auto: NO_SHARD = ddp, FULL_SHARD = sharded (SHARD_GRAD_OP counts as not given)",
+        choices=_SHARDING,
+    )
+
+
 def _student_backbone() -> NetworkPrecision:
-    return NetworkPrecision(mixed_precision=StudentBackboneNumbers())
+    return StudentBackbonePrecision(mixed_precision=StudentBackboneNumbers())
 
 
 def _student_head() -> NetworkPrecision:
@@ -95,6 +107,9 @@ class Dino:
     head_nlayers: int = key(3, "linear layers up to the bottleneck", minimum=1)
     head_hidden_dim: int = key(2048, "width of the head's hidden layers", minimum=1)
     koleo_loss_weight: float = key(0.1, "weight of the KoLeo loss, which spreads features apart (0 = off)", minimum=0)
+    koleo_distributed: bool = key(
+        False, "KoLeo looks for neighbours among the images of all processes (false = of its own, as the reference)"
+    )
     student_temp: float = key(0.1, "student temperature, for both losses", above=0)
     center_momentum: float = key(0.9, "momentum of the teacher's running centre, for both losses", minimum=0, maximum=1)
     sinkhorn_iterations: int = key(3, "Sinkhorn-Knopp iterations, for both losses", minimum=1)
@@ -122,6 +137,12 @@ class Ibot:
 @dataclass(frozen=True)
 class Train:
     batch_size_per_gpu: int = key(64, "images an iteration on each process", minimum=1)
+    microbatch_size: int | str = key(
+        0,
+        "images of a process that are in memory at a time (0 = all of batch_size_per_gpu, auto = as many as fit on a GPU)",
+        choices=("auto",),
+        minimum=0,
+    )
     dataset_path: str = key(
         "ImageNet:split=TRAIN", "training images: shards, remote, image folder, ImageNet:… string or digits"
     )
@@ -305,6 +326,30 @@ class Performance:
 
 
 @dataclass(frozen=True)
+class Parallelism:
+    strategy: str = key(
+        "auto",
+        "how networks lie on processes: ddp = whole ones on each, fsdp and fsdp2 = a share on each, single = one process "
+        "(auto = ddp, or fsdp2 where whole ones would fill a third of a GPU)",
+        choices=("auto", "single", "ddp", "fsdp", "fsdp2"),
+    )
+    reshard_after_forward: bool = key(
+        True,
+        "where networks are sharded: free the student's gathered weights until backward (false = faster, more memory)",
+    )
+    activation_checkpointing: str = key(
+        "none",
+        "what is computed again in backward: none, all of a block (full), or all but its matrix products and attention "
+        "(selective)",
+        choices=("none", "selective", "full"),
+    )
+    activation_checkpointing_every: int = key(1, "of every so many blocks, one is computed again", minimum=1)
+    activation_cpu_offload: bool = key(
+        False, "keep what backward needs of the student's blocks in the machine's memory (slow)"
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run. Immutable: `dataclasses.replace` makes changed copies, `load_config` checked ones."""
 
@@ -322,4 +367,5 @@ class Config:
     checkpoint: Checkpoint = section(Checkpoint, "saving and resuming")
     loggers: Loggers = section(Loggers, "where metrics go")
     performance: Performance = section(Performance, "speed and precision")
+    parallelism: Parallelism = section(Parallelism, "many processes, and networks larger than a GPU")
     recipes: tuple[str, ...] = key((), "recipes applied on top of this file, in order (names or paths)")
