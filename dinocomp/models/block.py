@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dinocomp.models.attention import Attention, Groups
 from dinocomp.models.ffn import build_ffn
+from dinocomp.models.recompute import MODES, run
 
 
 class LayerScale(nn.Module):
@@ -53,6 +54,8 @@ class Block(nn.Module):
         init_values: start of LayerScale; 0 or None for none.
         drop_path: while training, the share of sequences for which a branch is not computed at all, which saves their
             time. `draw_kept` draws them; a forward pass draws nothing, so that it can be repeated.
+        recompute, offload: while training, what is kept for backward, and where; `mode` and `offload` of
+            `recompute.run`. Inside the block, so that a block is the unit of sharding with or without it.
     """
 
     def __init__(
@@ -68,9 +71,15 @@ class Block(nn.Module):
         init_values: float | None = None,
         drop_path: float = 0.0,
         kernel: str = "auto",
+        recompute: str = "none",
+        offload: bool = False,
     ) -> None:
         super().__init__()
+        if recompute not in MODES:
+            raise ValueError(f"no recomputation called '{recompute}'; there are {', '.join(MODES)}")
         self.drop_path = drop_path
+        self.recompute = recompute
+        self.offload = offload
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, kernel=kernel)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
@@ -99,6 +108,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, groups: Groups, kept: Sequence[Tensor | None] | None = None) -> Tensor:
         """[tokens, dim] -> [tokens, dim]. `kept`: for each group what `draw_kept` gave; None computes everything."""
+        lighter = self.recompute != "none" or self.offload
+        if lighter and self.training and torch.is_grad_enabled():
+            return run(self._compute, x, groups, kept, mode=self.recompute, offload=self.offload)
+        return self._compute(x, groups, kept)
+
+    def _compute(self, x: Tensor, groups: Groups, kept: Sequence[Tensor | None] | None) -> Tensor:
         x = self._residual(x, groups, kept, 0, lambda y, packing: self.ls1(self.attn(self.norm1(y), packing)))
         return self._residual(x, groups, kept, 1, lambda y, packing: self.ls2(self.mlp(self.norm2(y))))
 
