@@ -1,0 +1,89 @@
+"""A checkpoint's state in one file, or in a share of each rank: either is read by any run."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
+
+from dinocomp.checkpoints.folder import SHARES, STATE
+from dinocomp.checkpoints.plain import check_shares, only_plain_types
+from dinocomp.distributed import on_rank_0
+from dinocomp.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_MODEL = "state.model."  # where Composer has the model's tensors
+
+
+@contextmanager
+def state_to_load(checkpoint: Path | None, *, shares: bool) -> Iterator[str | None]:
+    """What Composer's Trainer is to load: the state in the shape that it takes, None for a fresh start.
+
+    Composer loads a file where networks are whole, and shares where they are sharded. The other shape is made beside
+    the checkpoint, by rank 0, and deleted in the end: that needs the room of one more state, on the disk and in the
+    memory of its machine.
+
+    Args:
+        shares: whether this run shards its networks.
+
+    Raises:
+        ConfigError: there is no room on the disk.
+    """
+    if checkpoint is None:
+        yield None
+        return
+    if shares == (checkpoint / SHARES).is_file():
+        yield str(checkpoint if shares else checkpoint / STATE)
+        return
+    made = checkpoint.with_name(f".partial-loading-{checkpoint.name}")  # swept, should this process be killed
+
+    def make() -> str:
+        log.info(
+            "rewriting the state of %s: it was saved with %s networks", checkpoint, "whole" if shares else "sharded"
+        )
+        try:
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            with only_plain_types():
+                if shares:
+                    torch_save_to_dcp(checkpoint / STATE, made)
+                    return str(made)
+                dcp_to_torch_save(checkpoint, made / STATE)
+                return str(made / STATE)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(made, ignore_errors=True)
+            raise ConfigError(
+                f"{checkpoint} was saved with {'whole' if shares else 'sharded'} networks, and cannot be rewritten for "
+                f"this run: {error}. Make room beside it (as much as it takes itself), or start with the strategy that "
+                "it was saved with (parallelism.strategy)."
+            ) from error
+
+    path = on_rank_0(make)
+    try:
+        yield path
+    finally:
+        on_rank_0(lambda: shutil.rmtree(made, ignore_errors=True))
+
+
+def read_shares(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's tensors of a checkpoint in shares, whole, by name, on the CPU. Nothing in it is executed.
+
+    Raises:
+        WeightsError: it holds more than tensors and plain values.
+    """
+    check_shares(checkpoint / SHARES)
+    reader = dcp.FileSystemReader(str(checkpoint))
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(_MODEL) and hasattr(entry, "size")
+    }
+    with only_plain_types():
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()}
