@@ -14,11 +14,11 @@ from dinocomp.build.data import build_loader, opening, training_images
 from dinocomp.build.loggers import build_loggers
 from dinocomp.build.model import build_model
 from dinocomp.build.optim import build_optimizer
-from dinocomp.build.parallel import SHARDED, parallelism, prepare_for_sharding
+from dinocomp.build.parallel import SHARDED, expected_warnings, parallelism, prepare_for_sharding
 from dinocomp.build.start import Start, check_enough
 from dinocomp.callbacks.evaluation import LabelledPair
 from dinocomp.checkpoints.plain import only_plain_types
-from dinocomp.checkpoints.shapes import state_to_load
+from dinocomp.checkpoints.shapes import check_names, state_to_load
 from dinocomp.config import Config, derive
 from dinocomp.config.advice import warnings
 from dinocomp.data import evaluation_pair, split_batch
@@ -75,7 +75,9 @@ def build_training(
     device = DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU()
     prepare_for_sharding(config, start.strategy, model, device)
     shares = start.strategy in SHARDED
-    with state_to_load(start.checkpoint, shares=shares) as load_path, only_plain_types():
+    with state_to_load(start.checkpoint, shares=shares) as load_path, only_plain_types(), expected_warnings(shares):
+        if load_path and not shares:  # torch's own loader of shares is strict
+            check_names(load_path, model.state_dict())
         trainer = Trainer(
             model=model,
             train_dataloader=DataSpec(

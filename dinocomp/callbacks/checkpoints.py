@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -125,11 +126,14 @@ class Checkpoints(Callback):
         if failure := on_rank_0(lambda: _failure(lambda: begin(self.folder, finished))):
             return failure
         write_teacher = self.export_teacher()
-        failure = _failure(lambda: save_checkpoint(state, str(partial / STATE)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own use of it, for shares
+            failure = _failure(lambda: save_checkpoint(state, str(partial / STATE)))
         if failure:
             # The other ranks wait in the barrier at the end of save_checkpoint: they write nothing, or, where each
             # writes its share, have all failed like this one.
             dist.barrier()
+        dist.barrier()  # Composer has looked on every rank whether its share is where it was written
         if first:
             failure = failure or _failure(lambda: self._publish(partial, finished, write_teacher))
             if failure:

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 from dinocomp.checkpoints.folder import SHARES, STATE
-from dinocomp.checkpoints.plain import check_shares, only_plain_types
+from dinocomp.checkpoints.plain import check_shares, load_plain, only_plain_types
 from dinocomp.distributed import on_rank_0
-from dinocomp.errors import ConfigError
+from dinocomp.errors import ConfigError, WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -87,3 +87,18 @@ def read_shares(checkpoint: Path) -> dict[str, Tensor]:
     with only_plain_types():
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()}
+
+
+def check_names(state: str, names: Collection[str]) -> None:
+    """That the model's tensors in a file that Composer is to load are `names`: Composer takes what fits and drops the
+    rest.
+
+    Raises:
+        WeightsError: naming the first that are missing or unknown.
+    """
+    saved = load_plain(Path(state), mmap=True)["state"]["model"].keys()
+    odd = [f"missing: {name}" for name in sorted({*names} - saved)]
+    odd += [f"not in the networks: {name}" for name in sorted(saved - {*names})]
+    if odd:
+        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        raise WeightsError(f"{state} does not fit the configured networks: {', '.join(odd[:5])}{more}")

@@ -6,8 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dinocomp.models.attention import Groups
 from dinocomp.models.block import Block, LayerScale
 from dinocomp.models.embeddings import PatchEmbed, interpolate_pos_embed
+
+# For each block the sequences that drop path keeps of a crop tensor: int64 [2, s], of attention and FFN, or None = all.
+Kept = Sequence[Tensor | None]
 
 
 class Tokens(NamedTuple):
@@ -134,26 +138,63 @@ class VisionTransformer(nn.Module):
         normed = self.norm(prenorm)  # [B, 1 + R + N, D]
         return Tokens(normed[:, 0], normed[:, 1 : self.num_prefix_tokens], normed[:, self.num_prefix_tokens :], prenorm)
 
-    def forward_packed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
+    def draw_kept(self, sequences: int, device: torch.device) -> Kept:
+        """Draws the sequences that drop path keeps of a crop tensor of so many, as a forward pass by itself does.
+
+        For passes that have to drop the same: give it to both as `kept`.
+        """
+        return [block.draw_kept([sequences], device)[0] for block in self.blocks]
+
+    def _kept_by_block(
+        self, given: Sequence[Kept | None], groups: Groups, device: torch.device
+    ) -> list[list[Tensor | None]]:
+        """What each block keeps of each group: as given, and drawn for the groups of which nothing is given."""
+        for kept in given:
+            if kept is not None and len(kept) != len(self.blocks):
+                raise ValueError(
+                    f"kept has entries for {len(kept)} blocks, this network has {len(self.blocks)}; "
+                    "give what draw_kept of the same network returned"
+                )
+        open_groups = [sequences for (sequences, _), kept in zip(groups, given, strict=True) if kept is None]
+        by_block = []
+        for i, block in enumerate(self.blocks):
+            drawn = iter(block.draw_kept(open_groups, device))
+            by_block.append([next(drawn) if kept is None else kept[i] for kept in given])
+        return by_block
+
+    def forward_packed(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], kept: Sequence[Kept | None] | None = None
+    ) -> list[Tokens]:
         """All crops in one pass over the blocks; attention stays inside each image.
 
         Args:
             crops: tensors [B_i, C, H_i, W_i], one for each size.
             masks: for each of them, [B_i, N_i] bool (True = replaced by the mask token) or None.
+            kept: for each of them, what `draw_kept(B_i, device)` gave, or None to draw here; None to draw all here.
         """
         embedded = [self._embed(images, mask) for images, mask in zip(crops, masks, strict=True)]  # [B_i, T_i, D]
         groups = [tuple(x.shape[:2]) for x in embedded]
         x = torch.cat([x.flatten(0, 1) for x in embedded])  # [sum B_i * T_i, D]
-        for block in self.blocks:
-            x = block(x, groups)
+        # Drawn before the blocks run, so that a block can be compiled, or computed again for its gradients.
+        by_block = self._kept_by_block([None] * len(groups) if kept is None else kept, groups, x.device)
+        for block, of_groups in zip(self.blocks, by_block, strict=True):
+            x = block(x, groups, of_groups)
         parts = x.split([sequences * tokens for sequences, tokens in groups])
         return [self._split(part.unflatten(0, group)) for part, group in zip(parts, groups, strict=True)]
 
-    def forward(self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None):
-        """A tensor [B, C, H, W] with masks [B, N] or None gives `Tokens`; lists of them give a list, packed."""
+    def forward(
+        self,
+        images: Tensor | Sequence[Tensor],
+        masks: Tensor | Sequence[Tensor | None] | None = None,
+        kept: Kept | Sequence[Kept | None] | None = None,
+    ) -> Tokens | list[Tokens]:
+        """A tensor [B, C, H, W] with masks [B, N] or None gives `Tokens`; lists of them give a list, packed.
+
+        `kept` as in `forward_packed`: of one tensor what `draw_kept` gave, of lists a list of those.
+        """
         if isinstance(images, Tensor):
-            return self.forward_packed([images], [masks])[0]
-        return self.forward_packed(images, [None] * len(images) if masks is None else masks)
+            return self.forward_packed([images], [masks], [kept])[0]
+        return self.forward_packed(images, [None] * len(images) if masks is None else masks, kept)
 
     def get_intermediate_layers(
         self, images: Tensor, n: int | Sequence[int] = 1, *, reshape: bool = False, norm: bool = True
@@ -175,8 +216,9 @@ class VisionTransformer(nn.Module):
         x = self._embed(images, None)
         groups = [tuple(x.shape[:2])]
         x, outputs = x.flatten(0, 1), []
-        for i, block in enumerate(self.blocks):
-            x = block(x, groups)
+        kept = self._kept_by_block([None], groups, x.device)
+        for i, (block, of_groups) in enumerate(zip(self.blocks, kept, strict=True)):
+            x = block(x, groups, of_groups)
             if i in take:
                 outputs.append(x.unflatten(0, groups[0]))  # [B, 1 + R + N, D]
         if norm:

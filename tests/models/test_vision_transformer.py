@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinocomp.models import VisionTransformer
+from dinocomp.models import Tokens, VisionTransformer
 from dinocomp.models.attention import _block_diagonal, packed_attention
 from dinocomp.models.block import Block, kept_rows
 
@@ -133,7 +133,10 @@ def test_drop_path_keeps_a_subset_and_its_mean() -> None:
     """s = max(int(b * (1 - r)), 1) sequences, scaled by b / s, drawn for each crop size by itself."""
     torch.manual_seed(0)
     groups = [(7, 5), (3, 2)]
-    rows, scale, kept = kept_rows(groups, 0.3, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    drawn = Block(24, 3, drop_path=0.3).draw_kept([7, 3], cpu)
+    assert [pair.shape for pair in drawn] == [(2, 4), (2, 2)]
+    rows, scale, kept = kept_rows(groups, [pair[0] for pair in drawn], cpu)
     assert kept == [(4, 5), (2, 2)]
     assert len(rows) == 24 == len(set(rows.tolist()))
     assert set(scale[:20].flatten().tolist()) == {7 / 4} and set(scale[20:].flatten().tolist()) == {3 / 2}
@@ -145,14 +148,98 @@ def test_drop_path_keeps_a_subset_and_its_mean() -> None:
     x = torch.randn(8 * 4, 24, dtype=torch.float64)
     whole = block.eval()(x, [(8, 4)])
     block.train()
-    mean = torch.stack([block(x, [(8, 4)]) for _ in range(3000)]).mean(0)
+    mean = torch.stack([block(x, [(8, 4)], block.draw_kept([8], cpu)) for _ in range(3000)]).mean(0)
     # The second branch sees what the first dropped, so the mean is near the whole, not at it.
     assert (mean - whole).norm() < 0.05 * (whole - x).norm()
 
 
 def test_drop_path_of_one_sequence_keeps_it() -> None:
-    _, scale, kept = kept_rows([(1, 3)], 0.9, torch.device("cpu"))
+    (drawn,) = Block(24, 3, drop_path=0.9).draw_kept([1], torch.device("cpu"))
+    assert drawn.tolist() == [[0], [0]]
+    _, scale, kept = kept_rows([(1, 3)], [drawn[0]], torch.device("cpu"))
     assert kept == [(1, 3)] and (scale == 1).all()
+
+
+def branch_by_branch(model: VisionTransformer, crops: list[torch.Tensor]) -> torch.Tensor:
+    """Tokens [T, D] before the final norm, with drop path drawn inside each residual branch when it is reached."""
+    embedded = [model._embed(images, None) for images in crops]
+    groups = [tuple(x.shape[:2]) for x in embedded]
+    x = torch.cat([x.flatten(0, 1) for x in embedded])
+    for block in model.blocks:
+
+        def residual(x, compute, rate=block.drop_path):
+            if rate == 0:
+                return x + compute(x, groups)
+            chosen = [torch.randperm(b)[: max(int(b * (1 - rate)), 1)] for b, _ in groups]
+            rows, scale, packing = kept_rows(groups, chosen, x.device)
+            return x.index_add(0, rows, compute(x[rows], packing) * scale)
+
+        x = residual(x, lambda y, packing, block=block: block.ls1(block.attn(block.norm1(y), packing)))
+        x = residual(x, lambda y, packing, block=block: block.ls2(block.mlp(block.norm2(y))))
+    return x
+
+
+def two_sizes() -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(5, 3, 32, 32), torch.randn(7, 3, 16, 16)]
+
+
+def packed(tokens: list[Tokens]) -> torch.Tensor:
+    return torch.cat([t.prenorm.flatten(0, 1) for t in tokens])
+
+
+@pytest.mark.parametrize("uniform", [True, False])  # False: the first block drops nothing, and so draws nothing
+def test_a_seed_drops_what_it_dropped_when_branches_drew(uniform: bool) -> None:
+    model, crops = tiny(depth=3, drop_path_rate=0.4, drop_path_uniform=uniform).train(), two_sizes()
+    torch.manual_seed(2)
+    expected = branch_by_branch(model, crops)
+    after = torch.rand(1)
+    torch.manual_seed(2)
+    assert torch.equal(packed(model(crops)), expected)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_given_kept_sequences_are_kept_and_only_the_others_drawn() -> None:
+    model, crops = tiny(depth=3, drop_path_rate=0.4).train(), two_sizes()
+    cpu = torch.device("cpu")
+    first, second = model.draw_kept(5, cpu), model.draw_kept(7, cpu)
+    assert [None if pair is None else tuple(pair.shape) for pair in first] == [None, (2, 4), (2, 3)]
+
+    before = torch.get_rng_state()
+    whole = model(crops, kept=[first, second])
+    assert torch.equal(torch.get_rng_state(), before), "nothing was left to draw"
+    assert torch.equal(packed(model(crops, kept=[first, second])), packed(whole))
+    torch.testing.assert_close(model(crops[0], kept=first).prenorm, whole[0].prenorm)
+    other = model(crops, kept=[model.draw_kept(5, cpu), second])
+    assert not torch.equal(other[0].prenorm, whole[0].prenorm)
+    torch.testing.assert_close(other[1].prenorm, whole[1].prenorm)
+
+    torch.manual_seed(3)
+    mixed = model(crops, kept=[first, None])
+    torch.manual_seed(3)
+    drawn = model.draw_kept(7, cpu)
+    assert torch.equal(packed(mixed), packed(model(crops, kept=[first, drawn])))
+
+
+def test_a_group_may_keep_all_where_another_drops() -> None:
+    model, crops = tiny(drop_path_rate=0.4, drop_path_uniform=True).train(), two_sizes()
+    kept = model.draw_kept(7, torch.device("cpu"))
+    mixed = model(crops, kept=[[None, None], kept])
+    torch.testing.assert_close(mixed[0].prenorm, model.eval()(crops[0]).prenorm)
+    torch.testing.assert_close(mixed[1].prenorm, model(crops[1], kept=kept).prenorm)
+
+
+def test_nothing_is_drawn_in_evaluation() -> None:
+    model, crops = tiny(drop_path_rate=0.4, drop_path_uniform=True).eval(), two_sizes()
+    before = torch.get_rng_state()
+    assert model.draw_kept(5, torch.device("cpu")) == [None, None]
+    model(crops)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_kept_sequences_of_another_network_are_refused() -> None:
+    with pytest.raises(ValueError, match="entries for 1 blocks, this network has 2"):
+        tiny()(torch.zeros(1, 3, 32, 32), kept=[None])
 
 
 def test_gradients_flow_through_what_drop_path_keeps() -> None:
