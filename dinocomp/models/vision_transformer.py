@@ -10,7 +10,7 @@ from dinocomp.models.attention import Groups
 from dinocomp.models.block import Block, LayerScale
 from dinocomp.models.embeddings import PatchEmbed, interpolate_pos_embed
 
-# For each block the sequences that drop path keeps of a crop tensor: int64 [2, s], of attention and FFN, or None = all.
+# For each block the sequences of a crop tensor that drop path keeps: int64 [2, s] (attention, FFN), or None = all.
 Kept = Sequence[Tensor | None]
 
 
