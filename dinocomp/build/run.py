@@ -1,6 +1,7 @@
 """The whole run, from a configuration: images, model, loader, and Composer's Trainer around them."""
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from composer import Trainer
@@ -75,9 +76,12 @@ def build_training(
     device = DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU()
     prepare_for_sharding(config, start.strategy, model, device)
     shares = start.strategy in SHARDED
-    with state_to_load(start.checkpoint, shares=shares) as load_path, only_plain_types(), expected_warnings(shares):
+    with ExitStack() as around:
+        load_path = around.enter_context(state_to_load(start.checkpoint, shares=shares))
         if load_path and not shares:  # torch's own loader of shares is strict
             check_names(load_path, model.state_dict())
+        around.enter_context(only_plain_types())
+        around.enter_context(expected_warnings(shares))
         trainer = Trainer(
             model=model,
             train_dataloader=DataSpec(

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from composer.utils import dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 from dinocomp.checkpoints.folder import SHARES, STATE
@@ -34,13 +36,28 @@ def state_to_load(checkpoint: Path | None, *, shares: bool) -> Iterator[str | No
 
     Raises:
         ConfigError: there is no room on the disk.
+        WeightsError: a share is damaged or holds code; also where that is seen by whoever loads what is given.
     """
     if checkpoint is None:
         yield None
         return
-    if shares == (checkpoint / SHARES).is_file():
-        yield str(checkpoint if shares else checkpoint / STATE)
-        return
+    try:
+        if shares == (checkpoint / SHARES).is_file():
+            yield str(checkpoint if shares else checkpoint / STATE)
+        else:
+            with _rewritten(checkpoint, shares) as path:
+                yield path
+    except CheckpointException as error:
+        raise _refused(checkpoint, error) from error
+
+
+def _refused(checkpoint: Path, error: CheckpointException) -> WeightsError:
+    reasons = {str(failure).splitlines()[0] for failure, _ in error.failures.values()}  # what each rank has met
+    return WeightsError(f"{checkpoint} is damaged or holds code, and is not loaded ({'; '.join(reasons)})")
+
+
+@contextmanager
+def _rewritten(checkpoint: Path, shares: bool) -> Iterator[str]:
     made = checkpoint.with_name(f".partial-loading-{checkpoint.name}")  # swept, should this process be killed
 
     def make() -> str:
@@ -56,6 +73,9 @@ def state_to_load(checkpoint: Path | None, *, shares: bool) -> Iterator[str | No
                     return str(made)
                 dcp_to_torch_save(checkpoint, made / STATE)
                 return str(made / STATE)
+        except CheckpointException as error:
+            shutil.rmtree(made, ignore_errors=True)
+            raise _refused(checkpoint, error) from error
         except (OSError, RuntimeError) as error:
             shutil.rmtree(made, ignore_errors=True)
             raise ConfigError(
@@ -68,7 +88,8 @@ def state_to_load(checkpoint: Path | None, *, shares: bool) -> Iterator[str | No
     try:
         yield path
     finally:
-        on_rank_0(lambda: shutil.rmtree(made, ignore_errors=True))
+        if dist.get_global_rank() == 0:  # Composer ends loading by comparing notes of all ranks: none still reads
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def read_shares(checkpoint: Path) -> dict[str, Tensor]:
