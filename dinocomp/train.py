@@ -131,11 +131,12 @@ def _train(run: "Run") -> int:
             run.callbacks.evaluation.fit_end(run.trainer.state, run.trainer.logger)
         else:
             log.info(
-                "training: %d iterations of %d images on %d %s; output in %s",
+                "training: %d iterations of %d images on %d %s%s; output in %s",
                 run.iterations,
                 run.config.train.batch_size_per_gpu * dist.get_world_size(),
                 dist.get_world_size(),
                 "GPU(s)" if start.gpu else "CPU process(es)",
+                f" ({start.strategy})" if dist.get_world_size() > 1 else "",
                 start.output,
             )
             run.trainer.fit()

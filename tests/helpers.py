@@ -94,9 +94,11 @@ def small_folder(folder: Path, number: int = 40) -> Path:
     return folder
 
 
-def launch(*arguments: str, processes: int = 1, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """`composer -n processes [flags] dinocomp/train.py ...` from a checkout."""
+def launch(
+    *arguments: str, processes: int = 1, flags: tuple[str, ...] = (), script: str = "dinocomp/train.py"
+) -> subprocess.CompletedProcess:
+    """`composer -n processes [flags] script ...` from a checkout."""
     launcher = Path(sys.executable).with_name("composer")
-    command = [launcher, "-n", str(processes), *flags, "dinocomp/train.py", *arguments]
+    command = [launcher, "-n", str(processes), *flags, script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)

@@ -1,5 +1,6 @@
 """What happens around a step, from a configuration."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from dinocomp.callbacks import (
     Checkpoints,
     ClipGradients,
     FirstBatchPicture,
+    LookAhead,
     Metrics,
     OnlineEvaluation,
     RestoreRandomState,
@@ -47,6 +49,7 @@ class Callbacks:
     schedules: ApplySchedules
     picture: FirstBatchPicture
     bad_images: BadImages
+    look_ahead: LookAhead
     clip: ClipGradients
     bad_steps: SkipBadSteps
     teacher: UpdateTeacher
@@ -72,10 +75,11 @@ def build_callbacks(
     schedules = build_schedules(config, dist.get_world_size())
     resize, crop = derive.evaluation_crop(config)
 
-    def export_teacher(path: Path, iteration: int) -> None:
-        save_teacher(
+    def export_teacher() -> Callable[[Path, int], None]:
+        weights = model.weights_of("teacher")
+        return lambda path, iteration: save_teacher(
             path,
-            model.networks("teacher"),
+            weights,
             architecture=backbone_arguments(config),
             mean=config.crops.mean,
             std=config.crops.std,
@@ -98,6 +102,7 @@ def build_callbacks(
         schedules=ApplySchedules(model, schedules, multipliers),
         picture=FirstBatchPicture(output / "pictures" / "first_batch.png"),
         bad_images=bad_images,
+        look_ahead=LookAhead(model),
         clip=clip,
         bad_steps=bad_steps,
         teacher=UpdateTeacher(model, bad_steps),

@@ -1,5 +1,6 @@
 """Networks and the ComposerModel, from a configuration."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -68,19 +69,22 @@ def count_parameters(config: Config) -> dict[str, int]:
     return {name: sum(p.numel() for p in net.parameters()) for name, net in vars(networks).items() if net is not None}
 
 
-def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = True) -> DINOv2:
+def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = True, empty: bool = False) -> DINOv2:
     """Student, teacher (its copy, or as `MODEL.WEIGHTS` has it) and loss, on the CPU.
 
     Args:
         initial_weights: whether to read the files of weights that the configuration names. A run that goes on from a
             checkpoint does not need them.
+        empty: networks without memory (on torch's meta device), for a rank whose weights come from another.
     """
-    student = build_networks(config, drop_path_rate=config.student.drop_path_rate)
-    teacher = build_networks(config)
+    initial_weights = initial_weights and not empty
+    with torch.device("meta") if empty else nullcontext():
+        student = build_networks(config, drop_path_rate=config.student.drop_path_rate)
+        teacher = build_networks(config)
     if initial_weights and config.student.pretrained_weights:
         load_backbone(student.backbone, config.student.pretrained_weights)
     for name, net in vars(teacher).items():
-        if net is not None:
+        if net is not None and not empty:
             net.load_state_dict(getattr(student, name).state_dict())
 
     heads = derive.head_sizes(config)
@@ -103,9 +107,8 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
         student_temp=config.dino.student_temp,
         mean=config.crops.mean,
         std=config.crops.std,
-        max_masked=max_masked_patches(
-            mask_settings(config), derive.images_per_iteration(config, world_size), world_size
-        ),
+        max_masked=_max_masked(config, world_size),
+        koleo_distributed=config.dino.koleo_distributed,
     )
     if initial_weights and config.MODEL.WEIGHTS:
         load_run(
@@ -115,3 +118,15 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
             config.MODEL.WEIGHTS,
         )
     return model
+
+
+def _max_masked(config: Config, world_size: int) -> dict[int, int]:
+    """The most masked patches of a rank's batch and of a micro-batch, by their number of images.
+
+    Micro-batches lie in a rank's batch as ranks lie in the global one.
+    """
+    images = derive.images_per_iteration(config, world_size)
+    return {
+        size: max_masked_patches(mask_settings(config), images, images // size)
+        for size in {config.train.batch_size_per_gpu, derive.micro_batch(config)}
+    }

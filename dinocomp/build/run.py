@@ -1,6 +1,7 @@
 """The whole run, from a configuration: images, model, loader, and Composer's Trainer around them."""
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from composer import Trainer
@@ -14,13 +15,14 @@ from dinocomp.build.data import build_loader, opening, training_images
 from dinocomp.build.loggers import build_loggers
 from dinocomp.build.model import build_model
 from dinocomp.build.optim import build_optimizer
+from dinocomp.build.parallel import SHARDED, expected_warnings, parallelism, prepare_for_sharding
 from dinocomp.build.start import Start, check_enough
 from dinocomp.callbacks.evaluation import LabelledPair
-from dinocomp.checkpoints.folder import STATE
 from dinocomp.checkpoints.plain import only_plain_types
+from dinocomp.checkpoints.shapes import check_names, state_to_load
 from dinocomp.config import Config, derive
 from dinocomp.config.advice import warnings
-from dinocomp.data import evaluation_pair
+from dinocomp.data import evaluation_pair, split_batch
 from dinocomp.method import DINOv2
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,8 @@ def build_run(config: Config, start: Start) -> Run:
     )
     # The same weights on every rank; the Trainer then seeds each rank differently for what is drawn while training.
     reproducibility.seed_all(config.train.seed)
-    model = build_model(config, dist.get_world_size(), initial_weights=start.checkpoint is None)
+    empty = start.strategy in SHARDED and dist.get_global_rank() != 0  # sharded, rank 0's weights go to all
+    model = build_model(config, dist.get_world_size(), initial_weights=start.checkpoint is None, empty=empty)
     loader = build_loader(config, images, pin_memory=start.gpu)
     return build_training(config, start, model, loader, LabelledPair(*pair) if pair else None)
 
@@ -70,24 +73,36 @@ def build_training(
     """Composer's Trainer with everything around a step."""
     optimizer, multipliers = build_optimizer(config, model)
     callbacks = build_callbacks(config, start, model, multipliers, pair)
-    with only_plain_types():
+    device = DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU()
+    prepare_for_sharding(config, start.strategy, model, device)
+    shares = start.strategy in SHARDED
+    with ExitStack() as around:
+        load_path = around.enter_context(state_to_load(start.checkpoint, shares=shares))
+        if load_path and not shares:  # torch's own loader of shares is strict
+            check_names(load_path, model.state_dict())
+        around.enter_context(only_plain_types())
+        around.enter_context(expected_warnings(shares))
         trainer = Trainer(
             model=model,
             train_dataloader=DataSpec(
                 loader,
                 get_num_samples_in_batch=lambda batch: len(batch["index"]),
                 get_num_tokens_in_batch=lambda batch: 0,
+                split_batch=split_batch,
             ),
             optimizers=optimizer,
             max_duration=f"{derive.total_iterations(config)}ba",
-            device=DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU(),
-            device_train_microbatch_size=config.train.batch_size_per_gpu,
+            device=device,
+            device_train_microbatch_size="auto"
+            if config.train.microbatch_size == "auto"
+            else derive.micro_batch(config),
             precision=_COMPOSER_PRECISION[start.precision],
             callbacks=callbacks.in_order(),
             loggers=build_loggers(config, start.output),
             progress_bar=False,
             log_to_console=False,
-            load_path=str(start.checkpoint / STATE) if start.checkpoint else None,
+            load_path=load_path,
+            parallelism_config=parallelism(start.strategy, start.precision),
             spin_dataloaders=False,  # the loader itself goes on where the run stands
             run_name=start.output.resolve().name,
             seed=config.train.seed,

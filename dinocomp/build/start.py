@@ -10,8 +10,9 @@ from composer.utils import dist
 
 from dinocomp.build.machine import check_attention, check_loggers, on_gpu
 from dinocomp.build.model import backbone_arguments, build_networks
+from dinocomp.build.parallel import SHARDED, choose_strategy
 from dinocomp.checkpoints.find import find_checkpoint
-from dinocomp.checkpoints.folder import STATE, TEACHER
+from dinocomp.checkpoints.folder import TEACHER, has_state
 from dinocomp.checkpoints.manifest import iteration_of, world_size_of
 from dinocomp.checkpoints.remote import RemoteFolder
 from dinocomp.config import Config, derive, load_config
@@ -38,6 +39,7 @@ class Start:
     Attributes:
         gpu: whether to train on GPUs.
         precision: `fp32`, `bf16` or `fp16`.
+        strategy: how networks lie on processes, `single`, `ddp`, `fsdp` or `fsdp2`.
         checkpoint: the folder of the checkpoint to go on from, None for a fresh start.
         iteration: finished iterations there, or those that `MODEL.KEEP_ITERATION` takes over from other weights.
         changed: for a run that goes on, a line for every key that is not what it was.
@@ -49,6 +51,7 @@ class Start:
 
     gpu: bool
     precision: str
+    strategy: str
     output: Path
     checkpoint: Path | None
     iteration: int = 0
@@ -69,7 +72,7 @@ def check_start(config: Config) -> Start:
         DinocompError: the machine, the output folder, the images or a file of weights do not go with the configuration.
     """
     gpu, output = on_gpu(config), Path(config.train.output_dir).expanduser()
-    precision = derive.precision(config, gpu)
+    precision, strategy = derive.precision(config, gpu), choose_strategy(config, gpu)
     check_attention(config, gpu)
     check_loggers(config)
     _check_output(output, config.train.dataset_path)
@@ -100,6 +103,8 @@ def check_start(config: Config) -> Start:
                 f"{checkpoint} holds other networks: {'; '.join(networks)}. "
                 f"Give another train.output_dir, or the settings of {output / CONFIG}."
             )
+    if config.parallelism.strategy in SHARDED and strategy == "single":
+        notes.append(f"parallelism.strategy={config.parallelism.strategy}: one process holds whole networks")
     if checkpoint and (before := world_size_of(checkpoint)) != (now := dist.get_world_size()):
         notes.append(
             f"processes were {before}, are {now} (images, crops and masks are the same as long as "
@@ -108,6 +113,7 @@ def check_start(config: Config) -> Start:
     return Start(
         gpu,
         precision,
+        strategy,
         output,
         checkpoint,
         iteration,
@@ -218,7 +224,7 @@ def _check_weights(config: Config) -> None:
 
 def _check_path(key: str, text: str) -> None:
     path = Path(text).expanduser()
-    if path.is_file() or (path / STATE).is_file():
+    if path.is_file() or has_state(path):
         return
     if "://" in text:
         what = "weights are read from a file. Download it and give its path"

@@ -6,6 +6,7 @@ from dinocomp.callbacks.checkpoints import Checkpoints
 from dinocomp.callbacks.clip import ClipGradients
 from dinocomp.callbacks.evaluation import OnlineEvaluation
 from dinocomp.callbacks.metrics import Metrics
+from dinocomp.callbacks.micro_batches import LookAhead
 from dinocomp.callbacks.pictures import FirstBatchPicture
 from dinocomp.callbacks.random_state import RestoreRandomState
 from dinocomp.callbacks.schedules import ApplySchedules
@@ -18,6 +19,7 @@ __all__ = [
     "Checkpoints",
     "ClipGradients",
     "FirstBatchPicture",
+    "LookAhead",
     "Metrics",
     "OnlineEvaluation",
     "RestoreRandomState",

@@ -3,12 +3,14 @@
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from composer import Callback, Logger, State
 from composer.utils import dist, save_checkpoint
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.callbacks.stop import StopOnSignal
@@ -17,6 +19,7 @@ from dinocomp.checkpoints.folder import (
     TEACHER,
     begin,
     discard,
+    gather_shares,
     list_checkpoints,
     partial_of,
     publish,
@@ -42,7 +45,7 @@ class Checkpoints(Callback):
         interval: iterations between them; the last iteration has one, too.
         total: iterations of the run.
         expired: from the iterations of all checkpoints to those that may be deleted; never the newest.
-        export_teacher: writes the teacher, of an iteration, to a path.
+        export_teacher: gives what writes the teacher, of an iteration, to a path; all ranks call it.
         latest_teacher: where the newest checkpoint's teacher is also found.
         damaged: those that resuming has passed over; they are put aside.
         bad_steps: puts off a checkpoint while steps are skipped.
@@ -59,7 +62,7 @@ class Checkpoints(Callback):
         interval: int,
         total: int,
         expired: Callable[[Sequence[int]], list[int]],
-        export_teacher: Callable[[Path, int], None],
+        export_teacher: Callable[[], Callable[[Path, int], None]],
         latest_teacher: Path,
         damaged: Sequence[Path],
         bad_steps: SkipBadSteps,
@@ -122,17 +125,24 @@ class Checkpoints(Callback):
         # Before the other ranks wait for what rank 0 writes.
         if failure := on_rank_0(lambda: _failure(lambda: begin(self.folder, finished))):
             return failure
-        failure = _failure(lambda: save_checkpoint(state, str(partial / STATE)))
+        write_teacher = self.export_teacher()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own use of it, for shares
+            failure = _failure(lambda: save_checkpoint(state, str(partial / STATE)))
         if failure:
-            dist.barrier()  # the other ranks, which write nothing, wait in the one at the end of save_checkpoint
+            # The other ranks wait in the barrier at the end of save_checkpoint: they write nothing, or, where each
+            # writes its share, have all failed like this one.
+            dist.barrier()
+        dist.barrier()  # Composer has looked on every rank whether its share is where it was written
         if first:
-            failure = failure or _failure(lambda: self._publish(partial, finished))
+            failure = failure or _failure(lambda: self._publish(partial, finished, write_teacher))
             if failure:
                 shutil.rmtree(partial, ignore_errors=True)
         return on_rank_0(lambda: failure)
 
-    def _publish(self, partial: Path, finished: int) -> None:
-        self.export_teacher(partial / TEACHER, finished)
+    def _publish(self, partial: Path, finished: int, write_teacher: Callable[[Path, int], None]) -> None:
+        gather_shares(partial)
+        write_teacher(partial / TEACHER, finished)
         path = publish(partial, dist.get_world_size())
         log.info("checkpoint: %s", path)
         if self.copies:
@@ -155,7 +165,7 @@ def _failure(action: Callable[[], object]) -> str:
     """Why `action`, which writes files, fails; "" if it does not."""
     try:
         action()
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         # torch goes on after a full disk, and trips over what it could not write.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         return f"{type(cause).__name__}: {cause}"

@@ -2,7 +2,7 @@
 
 import torch
 from composer import Callback, Logger, State
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinocomp.method import DINOv2
 
@@ -24,7 +24,11 @@ class ClipGradients(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         limit = self.max_norm or float("inf")
-        self.norms = {
-            name: torch.nn.utils.clip_grad_norm_(net.parameters(), limit)
-            for name, net in self.model.networks("student").items()
-        }
+        self.norms = {name: _clip(shell, limit) for name, shell in self.model.shells("student").items()}
+
+
+def _clip(network: nn.Module, limit: float) -> Tensor:
+    if hasattr(network, "clip_grad_norm_"):  # of FSDP, where torch's function sees this rank's share alone
+        return network.clip_grad_norm_(limit)
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), limit)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP2, whose gradients are DTensors

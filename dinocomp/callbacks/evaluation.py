@@ -40,7 +40,7 @@ class OnlineEvaluation(Callback):
         resize, crop: of the evaluation view, in pixels.
         ks, temperature: see `knn_accuracy`.
         skip_bad: whether images that cannot be decoded are left out; else they are an error.
-        export_teacher: writes the teacher, of an iteration, to a path.
+        export_teacher: gives what writes the teacher, of an iteration, to a path; all ranks call it.
         stop: once it asks for the end, nothing is evaluated any more; the run that goes on makes up for it.
 
     Attributes:
@@ -64,7 +64,7 @@ class OnlineEvaluation(Callback):
         timeout_seconds: float,
         autocast: torch.dtype | None,
         skip_bad: bool,
-        export_teacher: Callable[[Path, int], None],
+        export_teacher: Callable[[], Callable[[Path, int], None]],
         stop: StopOnSignal,
     ) -> None:
         self.model = model
@@ -113,15 +113,16 @@ class OnlineEvaluation(Callback):
         return self.folder / "evaluation" / f"iteration-{iteration:08d}" / "teacher.safetensors"
 
     def _keep_and_evaluate(self, iteration: int, logger: Logger) -> None:
+        write = self.export_teacher()
         if dist.get_global_rank() == 0:
             with _no_reason_to_stop(self._copy_of(iteration)):
-                self.export_teacher(self._copy_of(iteration), iteration)
+                write(self._copy_of(iteration), iteration)
         self._evaluate(iteration, logger)
 
     def _evaluate(self, iteration: int, logger: Logger) -> None:
         if self.pair is None:
             return
-        backbone = self.model.networks("teacher")["backbone"]
+        backbone = self.model.shells("teacher")["backbone"]
         train, val = (
             extract_features(backbone, images, normalize=self.model.normalize, **self.view, **self.loading)
             for images in (self.pair.train, self.pair.val)
@@ -131,7 +132,7 @@ class OnlineEvaluation(Callback):
             val,
             ks=self.ks,
             temperature=self.temperature,
-            device=backbone.cls_token.device,
+            device=next(backbone.parameters()).device,
         )
         self.accuracy[iteration] = accuracy
         logger.log_metrics({f"knn/top1_k{k}": value for k, value in accuracy.items()})

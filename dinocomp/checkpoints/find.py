@@ -5,9 +5,9 @@ from pathlib import Path
 
 from composer.utils import dist
 
-from dinocomp.checkpoints.folder import STATE, TEACHER, find_fault, list_checkpoints, set_aside
+from dinocomp.checkpoints.folder import SHARES, STATE, TEACHER, find_fault, list_checkpoints, set_aside
 from dinocomp.checkpoints.manifest import DamagedError, iteration_of
-from dinocomp.checkpoints.plain import check_state
+from dinocomp.checkpoints.plain import check_shares, check_state
 from dinocomp.checkpoints.remote import RemoteFolder
 from dinocomp.checkpoints.store import RemoteError
 from dinocomp.distributed import on_rank_0
@@ -98,7 +98,7 @@ def _look(folder: Path, resume: str, remote: RemoteFolder | None) -> Found:
         elif fault:
             damaged.append(path)
         if path and not fault:
-            check_state(path / STATE)
+            check_shares(path / SHARES) if (path / SHARES).exists() else check_state(path / STATE)
             return Found(path, tuple(passed_over), tuple(damaged), tuple(list_checkpoints(folder)))
     if passed_over:
         # Starting anew would be a silent loss of all that they stand for.

@@ -23,7 +23,8 @@ from dinocomp.checkpoints.manifest import (
     xxh64,
 )
 
-STATE = "checkpoint.pt"  # Composer's checkpoint
+STATE = "checkpoint.pt"  # Composer's checkpoint, in one file
+SHARES = ".metadata"  # or in a file of each rank: this one says what lies where
 TEACHER = "teacher.safetensors"
 
 _NAME = re.compile(r"iteration-\d{8,}")
@@ -61,6 +62,19 @@ def begin(folder: Path, iteration: int) -> Path:
     return partial
 
 
+def has_state(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds something to go on from, in one file or in shares."""
+    return (folder / STATE).is_file() or (folder / SHARES).is_file()
+
+
+def gather_shares(partial: Path) -> None:
+    """Moves the shares of a state, for which Composer makes a folder of its own, to the other files."""
+    for inner in [path for path in partial.iterdir() if path.is_dir()]:
+        for path in inner.iterdir():
+            path.rename(partial / path.name)
+        inner.rmdir()
+
+
 def publish(partial: Path, world_size: int = 1) -> Path:
     """Makes a folder of `begin`, once its files are written, the checkpoint that it is to be; gives its path.
 
@@ -88,7 +102,7 @@ def find_fault(checkpoint: Path) -> str:
             return f"{checkpoint} is of another iteration than its name says"
     except (DamagedError, OSError) as error:
         return str(error)
-    return "" if STATE in files else f"{checkpoint / STATE} is missing"
+    return "" if STATE in files or SHARES in files else f"{checkpoint / STATE} is missing"
 
 
 def set_aside(checkpoint: Path) -> Path:

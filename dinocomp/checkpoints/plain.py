@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dinocomp.errors import WeightsError
 
@@ -22,6 +25,21 @@ _PLAIN = [
     type(np.dtype(np.uint32)),
     np.empty(0).__reduce__()[0],  # how numpy rebuilds an array; its module differs between numpy 1 and 2
 ]
+# What the list of a sharded state's tensors is made of.
+_METADATA = "torch.distributed.checkpoint.metadata"
+_METADATA_CLASSES = {
+    *((_METADATA, f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    *(("torch", str(dtype).removeprefix("torch.")) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
+    *(("pathlib", f"{kind}Path") for kind in ("Posix", "Windows")),
+    *(("pathlib._local", f"{kind}Path") for kind in ("Posix", "Windows")),
+}
+_NOT_PLAIN = (pickle.UnpicklingError, LookupError, ValueError, TypeError, AttributeError)  # as for any text
+_UNREADABLE = (*_NOT_PLAIN, RuntimeError, EOFError, OSError, CheckpointException)
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own variable, stronger than the argument
 
 
@@ -54,7 +72,7 @@ def load_plain(path: Path, *, mmap: bool = False) -> Any:
     try:
         with only_plain_types():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, LookupError, ValueError, TypeError, AttributeError) as error:  # as for any text
+    except _NOT_PLAIN as error:
         raise WeightsError(
             f"{path} is no file of weights, or holds more than tensors and plain values, which could run code when it "
             "is loaded. Save its state_dict alone (torch.save(model.state_dict(), ...)), or give a .safetensors file."
@@ -75,3 +93,37 @@ def check_state(path: Path) -> None:
     # Composer evaluates the names of a checkpoint's algorithms as Python; dinocomp's runs have none.
     if not isinstance(content, dict) or "state" not in content or content["state"].get("algorithms"):
         raise WeightsError(f"{path} is no checkpoint that dinocomp wrote, and is not loaded")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _METADATA_CLASSES:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a list of tensors")
+        return super().find_class(module, name)
+
+
+def check_shares(metadata: Path) -> None:
+    """The same of a sharded state, whose list of tensors (`metadata`) torch unpickles with whatever it holds.
+
+    What the shares themselves hold is refused where they are loaded, see `only_plain_types`.
+
+    Raises:
+        WeightsError: it holds code, or is damaged.
+    """
+    try:
+        with metadata.open("rb") as file:
+            content = _MetadataUnpickler(file).load()
+        entries = content.state_dict_metadata
+        algorithms = {"state.algorithms": None}
+        # Lists of plain values are one entry; one with tensors would be an entry for each of its items.
+        if any(name.startswith("state.algorithms.") for name in entries) or "state.algorithms" not in entries:
+            raise ValueError("it lists other things than a run of dinocomp")
+        with only_plain_types(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is read by one process
+            dcp.load(algorithms, checkpoint_id=str(metadata.parent), no_dist=True)
+        if algorithms["state.algorithms"]:
+            raise ValueError("it names algorithms, whose names Composer executes")
+    except _UNREADABLE as error:
+        raise WeightsError(
+            f"{metadata.parent} is no checkpoint that dinocomp wrote, or is damaged, and is not loaded ({error})"
+        ) from error

@@ -14,6 +14,8 @@ _EFFECTS = {
     "evaluation.": _SAFE,
     "checkpoint.": _SAFE,
     "train.num_workers": _SAFE,
+    "parallelism.": "safe, the numbers differ by rounding",
+    "train.microbatch_size": "safe, the numbers differ by rounding, and other images are dropped together (drop path)",
     "performance.": "safe, the numbers differ by rounding",
     "compute_precision.": "safe, the numbers differ by rounding",
     "train.device": "safe, the numbers differ by rounding",

@@ -21,7 +21,7 @@ class Problem:
 
 def problems(config: Config) -> list[Problem]:
     """Every impossible combination in a configuration whose single values are all in range."""
-    checks = (_network, _losses, _masks, _lengths, _crops, _device, _places, _checkpoints)
+    checks = (_network, _losses, _masks, _lengths, _crops, _device, _micro_batches, _places, _checkpoints)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -123,6 +123,26 @@ def _device(config: Config) -> Iterator[Problem]:
     if config.train.device == "cpu" and config.performance.attention == "xformers":
         yield Problem(
             ("performance.attention", "train.device"), "xformers needs a GPU; type performance.attention=sdpa"
+        )
+
+
+def _micro_batches(config: Config) -> Iterator[Problem]:
+    size, batch = config.train.microbatch_size, config.train.batch_size_per_gpu
+    if isinstance(size, int) and size and (size > batch or batch % size):
+        fitting = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= size)
+        yield Problem(
+            ("train.microbatch_size", "train.batch_size_per_gpu"),
+            f"{batch} images are no whole number of micro-batches of {size}; type train.microbatch_size={fitting}",
+        )
+    if size == "auto" and config.train.device == "cpu":
+        yield Problem(
+            ("train.microbatch_size", "train.device"),
+            "what fits is found out on GPUs only; type a number of images, such as train.microbatch_size=8",
+        )
+    if size == "auto" and config.parallelism.strategy == "fsdp2":
+        yield Problem(
+            ("train.microbatch_size", "parallelism.strategy"),
+            "Composer finds out what fits with ddp and fsdp only; type parallelism.strategy=fsdp, or a number",
         )
 
 

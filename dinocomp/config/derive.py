@@ -55,6 +55,12 @@ def images_per_iteration(config: Config, world_size: int) -> int:
     return config.train.batch_size_per_gpu * world_size
 
 
+def micro_batch(config: Config) -> int:
+    """Images of a process that are in memory at a time; where they are found out while training, where that begins."""
+    size = config.train.microbatch_size
+    return size if isinstance(size, int) and size else config.train.batch_size_per_gpu
+
+
 def passes(config: Config, world_size: int, dataset_size: int) -> float:
     """How many times the run sees each of `dataset_size` images."""
     return total_iterations(config) * images_per_iteration(config, world_size) / dataset_size
@@ -155,6 +161,27 @@ def precision(config: Config, on_gpu: bool) -> str:
         return wanted
     asked = config.compute_precision.student.backbone.mixed_precision.param_dtype
     return "fp32" if asked == "fp32" or not on_gpu else "bf16"
+
+
+def strategy(config: Config, world_size: int, gpu_bytes: int | None, whole_bytes: int) -> str:
+    """How networks lie on processes: `single`, `ddp`, `fsdp` or `fsdp2`.
+
+    Args:
+        gpu_bytes: memory of a GPU; None on CPUs.
+        whole_bytes: of whole networks, with gradients and optimizer.
+    """
+    wanted = config.parallelism.strategy
+    if world_size == 1:
+        return "single"
+    if wanted != "auto":
+        return wanted
+    asked = config.compute_precision.student.backbone.sharding_strategy
+    if gpu_bytes is None or asked == "NO_SHARD":
+        return "ddp"
+    if asked != "FULL_SHARD" and whole_bytes < gpu_bytes / 3:
+        return "ddp"
+    # Composer finds a fitting micro-batch with FSDP1 alone.
+    return "fsdp" if config.train.microbatch_size == "auto" else "fsdp2"
 
 
 def cache_limit(config: Config) -> int | None:

@@ -139,7 +139,7 @@ class Train:
     batch_size_per_gpu: int = key(64, "images an iteration on each process", minimum=1)
     microbatch_size: int | str = key(
         0,
-        "images of a process that are in memory at a time (0 = all of batch_size_per_gpu, auto = as many as fit on a GPU)",
+        "images of a process in memory at a time (0 = all of batch_size_per_gpu, auto = as many as fit on a GPU)",
         choices=("auto",),
         minimum=0,
     )
@@ -329,7 +329,7 @@ class Performance:
 class Parallelism:
     strategy: str = key(
         "auto",
-        "how networks lie on processes: ddp = whole ones on each, fsdp and fsdp2 = a share on each, single = one process "
+        "how networks lie on processes: ddp = whole on each, fsdp and fsdp2 = a share on each, single = one process "
         "(auto = ddp, or fsdp2 where whole ones would fill a third of a GPU)",
         choices=("auto", "single", "ddp", "fsdp", "fsdp2"),
     )

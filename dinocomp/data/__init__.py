@@ -1,9 +1,10 @@
 """Images -> shards -> crops and masks -> batches."""
 
+from dinocomp.data.batch import Batch, split_batch
 from dinocomp.data.crops import CropSettings, evaluation_view, multi_crop
 from dinocomp.data.images import decode_rgb
 from dinocomp.data.listing import ClassName, Source
-from dinocomp.data.loader import Batch, MultiCropDataset, training_loader
+from dinocomp.data.loader import MultiCropDataset, training_loader
 from dinocomp.data.masks import MaskSettings, batch_masks, block_mask, max_masked_patches
 from dinocomp.data.order import TrainingOrder
 from dinocomp.data.reader import BadImage, Images, Sample
@@ -37,5 +38,6 @@ __all__ = [
     "max_masked_patches",
     "multi_crop",
     "open_images",
+    "split_batch",
     "training_loader",
 ]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dinocomp.data.batch import Batch
 from dinocomp.data.crops import CropSettings, multi_crop
 from dinocomp.data.masks import MaskSettings, batch_masks
 from dinocomp.data.order import Place, TrainingOrder
@@ -16,16 +17,6 @@ from dinocomp.errors import DataError
 
 _CROP_STREAM, _REPLACEMENT_STREAM = 104, 105  # keep these draws apart from those of order and masks
 _REPLACEMENTS = 10  # images tried in the place of a bad one
-
-
-class Batch(TypedDict):
-    """What one rank trains on in one iteration. B images, L local crops, N patches of a global crop."""
-
-    global_crops: torch.Tensor  # uint8 [B, 2, 3, G, G]
-    local_crops: torch.Tensor  # uint8 [B, L, 3, l, l]
-    masks: torch.Tensor  # bool [B, 2, N], True where the student does not see the patch
-    index: torch.Tensor  # int64 [B], the samples' numbers in the dataset
-    replaced: torch.Tensor  # int64 [B], the bad sample whose place this one took, -1 for none
 
 
 class Crops(TypedDict):

@@ -1,7 +1,9 @@
 """Features of images from a frozen backbone."""
 
 import logging
+import math
 from contextlib import nullcontext
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,6 @@ from torch.utils.data import Dataset
 from dinocomp.data import BadImage, Images, PlainLoader, evaluation_view
 from dinocomp.data.listing import NO_LABEL
 from dinocomp.errors import DataError
-from dinocomp.models import VisionTransformer
 
 _NAMED = 3  # of the images left out
 
@@ -51,7 +52,7 @@ class _Views(Dataset):
 
 @torch.no_grad()
 def extract_features(
-    backbone: VisionTransformer,
+    backbone: torch.nn.Module,
     images: Images,
     *,
     resize: int,
@@ -65,10 +66,11 @@ def extract_features(
 ) -> Features:
     """Class tokens of this rank's share of the images: those whose number is `rank` modulo the world size.
 
-    The global random generator is neither read nor moved.
+    The global random generator is neither read nor moved. All ranks must call it together: sharded weights are gathered
+    for each forward pass, so each rank makes as many as the others.
 
     Args:
-        backbone: on the device to use; called in its present mode, so `eval()` it if it has drop path.
+        backbone: gives `Tokens`; on the device to use; called in its present mode, so `eval()` it if it has drop path.
         resize, crop: see `evaluation_view`, in pixels.
         normalize: uint8 images to the network's input.
         timeout_seconds: fail when a worker takes longer than this for a batch; 0 waits for ever.
@@ -78,7 +80,7 @@ def extract_features(
     Raises:
         DataError: no image of any rank could be decoded, or one could not and is not to be left out.
     """
-    device = backbone.cls_token.device
+    device = next(backbone.parameters()).device
     views = _Views(images, resize, crop, dist.get_global_rank(), dist.get_world_size(), skip_bad)
     workers = num_workers if len(views) > batch_size else 0
     loader = PlainLoader(
@@ -89,11 +91,14 @@ def extract_features(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws a seed from the global one
     )
-    vectors, labels = [torch.zeros(0, backbone.embed_dim)], [torch.zeros(0, dtype=torch.int64)]
+    most = math.ceil(len(images) / dist.get_world_size())  # images of a rank
+    passes = math.ceil(most / batch_size)
+    nothing = torch.zeros(1, 3, crop, crop, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+    vectors, labels = [], []
     with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
-        for pixels, label in loader:
+        for pixels, label in chain(loader, repeat(nothing, passes - len(loader))):
             tokens = backbone(normalize(pixels.to(device, non_blocking=True)))
-            vectors.append(tokens.cls.float().cpu())  # [b, D]
+            vectors.append(tokens.cls[: len(label)].float().cpu())  # [b, D]
             labels.append(label)
     features = Features(torch.cat(vectors), torch.cat(labels))
     features.vectors[features.labels == NO_LABEL] = 0.0

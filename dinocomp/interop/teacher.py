@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinocomp.data import decode_rgb, evaluation_view
 from dinocomp.errors import WeightsError
@@ -20,7 +20,7 @@ FORMAT = "dinocomp-teacher-1"
 
 def save_teacher(
     path: Path,
-    networks: Mapping[str, nn.Module],
+    networks: Mapping[str, Mapping[str, Tensor]],
     *,
     architecture: Mapping[str, Any],
     mean: tuple[float, ...],
@@ -32,7 +32,8 @@ def save_teacher(
     """Writes networks to a safetensors file, whole or not at all.
 
     Args:
-        networks: by name: backbone, dino_head, ibot_head. Their weights get the name as a prefix (``backbone.``).
+        networks: the weights of each by name (backbone, dino_head, ibot_head), which becomes their prefix
+            (``backbone.``).
         architecture: arguments of `VisionTransformer`.
         mean, std: of the pixels that the backbone expects, by channel, in [0, 1].
         view: `resize` and `crop` of `evaluation_view`, in pixels.
@@ -41,8 +42,8 @@ def save_teacher(
     """
     tensors = {
         f"{prefix}.{name}": weight.detach().cpu().contiguous()
-        for prefix, net in networks.items()
-        for name, weight in net.state_dict().items()
+        for prefix, weights in networks.items()
+        for name, weight in weights.items()
     }
     about = {
         "format": FORMAT,

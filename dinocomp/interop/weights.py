@@ -10,8 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dinocomp.checkpoints.folder import STATE
+from dinocomp.checkpoints.folder import STATE, has_state
+from dinocomp.checkpoints.manifest import iteration_of
 from dinocomp.checkpoints.plain import load_plain
+from dinocomp.checkpoints.shapes import read_shares
 from dinocomp.errors import WeightsError
 from dinocomp.interop.names import published_name
 from dinocomp.interop.teacher import read_teacher
@@ -22,7 +24,8 @@ log = logging.getLogger(__name__)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pt or .pth file, by the names they have there. Nothing in a file is executed.
+    """The tensors of a .safetensors, .pt or .pth file or a checkpoint's folder, by the names they have there. Nothing
+    in a file is executed.
 
     Of a Composer checkpoint it is the model's tensors; of a file that nests them under ``teacher``, ``model`` or
     ``state_dict``, what is under it.
@@ -31,6 +34,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         WeightsError: the file is missing, damaged, holds objects other than tensors, or no tensors.
     """
     path = check_file(path)
+    if path.is_dir():
+        return read_shares(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -55,7 +60,9 @@ def read_iteration(path: str | Path) -> int:
         WeightsError: as `read_tensors`, or the file does not say.
     """
     path = check_file(path)
-    if path.suffix == ".safetensors":
+    if path.is_dir():
+        iteration = iteration_of(path)
+    elif path.suffix == ".safetensors":
         iteration = read_teacher(path)[1].get("iteration")
     else:
         content = load_plain(path, mmap=True)
@@ -70,7 +77,8 @@ def read_iteration(path: str | Path) -> int:
 
 
 def check_file(path: str | Path) -> Path:
-    """`path` with ~ expanded; of a checkpoint's folder, the file in it that holds the weights.
+    """`path` with ~ expanded; of a checkpoint's folder, the file in it that holds the weights, or itself if each rank
+    has written a share of them.
 
     Raises:
         WeightsError: there is no file.
@@ -78,6 +86,8 @@ def check_file(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if (path / STATE).is_file():
         return path / STATE
+    if has_state(path):
+        return path
     if not path.is_file():
         raise WeightsError(f"no file of weights at {path}")
     return path

@@ -1,6 +1,7 @@
 """DINOv2 as a ComposerModel: student, teacher, and the loss between them (Oquab et al. 2024, section 4)."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,21 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 
 from dinocomp.data import Batch
+from dinocomp.distributed import whole_weights
 from dinocomp.method.ema import ema_update
 from dinocomp.method.gauges import feature_std, target_gauges
-from dinocomp.method.losses import Centering, SinkhornKnopp, dino_loss, ibot_loss, koleo_loss
+from dinocomp.method.losses import (
+    Centering,
+    SinkhornKnopp,
+    dino_loss,
+    ibot_loss,
+    koleo_gradient,
+    koleo_loss,
+    with_gradient,
+)
+from dinocomp.method.parts import MaskedRows, Part, TeacherRows, look_ahead
 from dinocomp.models import DINOHead, Tokens, VisionTransformer
+from dinocomp.models.block import Block
 
 _MEASURED_ROWS = 1024  # of the targets of a batch; their entropies take as much memory again
 
@@ -45,9 +57,17 @@ class Shell(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+        self.unit: bool | dict[str, Any] = True  # how units are sharded: as all are, or with settings of their own
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.net(*args, **kwargs)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool | dict[str, Any]:
+        """Which modules Composer makes units of sharding: the network, and each transformer block of it."""
+        return self.unit if module is self.net or isinstance(module, Block) else False
+
+    def param_init_fn(self, module: nn.Module) -> None:
+        """How Composer fills modules without memory: not at all, their weights come from rank 0."""
 
 
 class Normalize(nn.Module):
@@ -62,32 +82,6 @@ class Normalize(nn.Module):
         return (x.float() / 255 - self.mean) / self.std
 
 
-@dataclass(frozen=True)
-class MaskedRows:
-    """Which patch tokens iBOT looks at: R rows, the masked ones first, then padding to a constant number."""
-
-    index: Tensor  # [R] int64, into the flattened [2B * N] patches
-    valid: Tensor  # [R] bool, False for padding
-    weight: Tensor  # [R], 1 / (masked patches in the row's crop), 0 for padding
-
-    @classmethod
-    def of(cls, masks: Tensor, limit: int | None) -> "MaskedRows":
-        """From masks [2B, N] bool. `limit` is a number of rows that is never exceeded: with it shapes are constant and
-        the device is not waited for; without it there are as many rows as masked patches.
-
-        Raises:
-            ValueError: more patches are masked than the limit (seen on a CPU only, where looking costs nothing).
-        """
-        flat = masks.flatten()  # [2B * N]
-        if limit is not None and flat.device.type == "cpu" and int(flat.sum()) > limit:
-            raise ValueError(f"{int(flat.sum())} patches of the batch are masked; the limit is {limit}")
-        rows = int(flat.sum()) if limit is None else min(limit, flat.numel())
-        index = flat.to(torch.uint8).argsort(descending=True, stable=True)[:rows]  # [R]
-        valid = flat[index]  # [R]
-        per_crop = masks.sum(dim=1).clamp_min(1)  # [2B]
-        return cls(index, valid, valid / per_crop[index // masks.shape[1]])
-
-
 @dataclass
 class Outputs:
     """What a forward pass hands to the loss; None where a term is off."""
@@ -99,6 +93,7 @@ class Outputs:
     ibot_targets: Tensor | None  # [R, K']
     ibot_logits: Tensor | None  # [R, K']
     masked: MaskedRows | None
+    part: Part
 
 
 class DINOv2(ComposerModel):
@@ -113,11 +108,14 @@ class DINOv2(ComposerModel):
         weights: of the loss terms.
         student_temp: softmax temperature of the student.
         mean, std: of the pixels, by channel, in [0, 1].
-        max_masked: most masked patches a batch on this rank can have; None to count them in every batch.
+        max_masked: most masked patches that so many images on a rank can have, by number of images; they are counted in
+            every batch of another number.
+        koleo_distributed: whether KoLeo looks for neighbours among the images of all ranks.
 
     Attributes:
         teacher_temp, momentum: of the present iteration; a callback sets them, until then they are None.
-        terms: the weighted loss terms of the last batch on this rank, detached; their sum is the total.
+        terms: the weighted loss terms of the last batch on this rank, of all its micro-batches, detached; their sum is
+            the total.
         measuring: whether a forward pass also takes the gauges.
         gauges: of the teacher, of the last batch that was measured, over all ranks: `feature_std`, and `entropy_H`,
             `prototypes_H` and `center_norm_H` of each loss H ("dino", "ibot") that is on; see `method/gauges.py`.
@@ -134,21 +132,26 @@ class DINOv2(ComposerModel):
         student_temp: float,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        max_masked: int | None,
+        max_masked: Mapping[int, int],
+        koleo_distributed: bool = False,
     ) -> None:
         super().__init__()
         self.weights = weights
         self.student_temp = student_temp
-        self.max_masked = max_masked
+        self.max_masked = dict(max_masked)
+        self.koleo_distributed = koleo_distributed
         self.teacher_temp: float | None = None
         self.momentum: float | None = None
         self.terms: dict[str, Tensor] = {}
         self.measuring = False
         self.gauges: dict[str, Tensor] = {}
+        self._parts: deque[Part] = deque()  # of the micro-batches to come
 
         self.normalize = Normalize(mean, std)
         self.dino_targets = dino_targets
         self.ibot_targets = ibot_targets
+        for module in self.unsharded():  # or they would be given bf16 where they need fp32
+            module._fsdp_wrap = False
         for role, networks in (("student", student), ("teacher", teacher)):
             for name, net in vars(networks).items():
                 setattr(self, f"{role}_{name}", None if net is None else Shell(net))
@@ -159,27 +162,75 @@ class DINOv2(ComposerModel):
 
     def networks(self, role: str) -> dict[str, nn.Module]:
         """The networks of `student` or `teacher` by name: backbone and those of dino_head, ibot_head that are on."""
+        return {name: shell.net for name, shell in self.shells(role).items()}
+
+    def shells(self, role: str) -> dict[str, Shell]:
+        """What the networks of `student` or `teacher` are called through, by name; sharding may have wrapped them."""
         shells = {name: getattr(self, f"{role}_{name}") for name in ("backbone", "dino_head", "ibot_head")}
-        return {name: shell.net for name, shell in shells.items() if shell is not None}
+        return {name: shell for name, shell in shells.items() if shell is not None}
+
+    def weights_of(self, role: str) -> dict[str, dict[str, Tensor]]:
+        """The weights of each network of `student` or `teacher`, whole, by network and name.
+
+        Of sharded networks they are on the CPU of rank 0, and nothing is on the others; one weight at a time is
+        gathered on the device. All ranks must call it.
+        """
+        return {name: whole_weights(shell, "net.") for name, shell in self.shells(role).items()}
+
+    def unsharded(self) -> tuple[nn.Module, ...]:
+        """The modules without weights."""
+        return self.normalize, self.dino_targets, self.ibot_targets
+
+    def targets(self) -> dict[str, Centering | SinkhornKnopp]:
+        """What makes targets of the teacher's logits, by loss ("dino", "ibot"), of those that are on."""
+        makers = {"dino": (self.weights.dino, self.dino_targets), "ibot": (self.weights.ibot, self.ibot_targets)}
+        return {name: maker for name, (weight, maker) in makers.items() if weight}
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        """Before the forward passes of an optimizer step, which must come in this order. May be called again, for other
+        micro-batches of the same step."""
+        self.terms = {}
+        self.forget_batch()
+        self._parts = deque(look_ahead(self, batches))
+
+    def global_inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None, MaskedRows | None]:
+        """What the networks see of the global crops: pixels [2B, C, G, G], crop-major, masks [2B, N] and their rows."""
+        crops = self.normalize(batch["global_crops"].transpose(0, 1).flatten(0, 1))  # [2B, C, G, G]
+        if not self.weights.ibot:
+            return crops, None, None
+        masks = batch["masks"].transpose(0, 1).flatten(0, 1)  # [2B, N]
+        return crops, masks, MaskedRows.of(masks, self.max_masked.get(len(crops) // 2))
+
+    def ask_teacher(self, crops: Tensor, masked: MaskedRows | None) -> TeacherRows:
+        """The teacher's tokens of unmasked global crops [2B, C, G, G] that its heads are asked about."""
+        tokens: Tokens = self.teacher_backbone(crops)
+        return TeacherRows(tokens.cls, _masked_patches(tokens, masked))
+
+    def teacher_logits(self, loss: str, rows: TeacherRows) -> Tensor:
+        """Of one loss: [2B, K] for "dino", [R, K'] for "ibot"."""
+        # Views are swapped: row j of the targets is the other view of the student's row j.
+        cls_rows = torch.cat(rows.cls.chunk(2)[::-1]) if loss == "dino" else None
+        cls_logits, patch_logits = self._project("teacher", cls_rows, rows.patches if loss == "ibot" else None)
+        return cls_logits if loss == "dino" else patch_logits
 
     def forward(self, batch: Batch) -> Outputs:
-        crops = self.normalize(batch["global_crops"].transpose(0, 1).flatten(0, 1))  # [2B, C, G, G], crop-major
-        masks = batch["masks"].transpose(0, 1).flatten(0, 1) if self.weights.ibot else None  # [2B, N]
-        masked = MaskedRows.of(masks, self.max_masked) if self.weights.ibot else None
-
+        part = self._parts.popleft() if self._parts else Part()
+        crops, masks, masked = self.global_inputs(batch)
         with torch.no_grad():
-            dino_targets, ibot_targets = self._targets(self.teacher_backbone(crops), masked)
+            rows = part.teacher or self.ask_teacher(crops, masked)
+            dino_targets, ibot_targets = self._targets(rows, masked, part.columns or {})
 
-        student_crops, student_masks = [crops], [masks]
+        student_crops, student_masks, kept = [crops], [masks], [part.kept]
         num_local = batch["local_crops"].shape[1] if self.weights.dino else 0
         if num_local:
             local_crops = batch["local_crops"].transpose(0, 1).flatten(0, 1)  # [L * B, C, l, l]
             student_crops.append(self.normalize(local_crops))
             student_masks.append(None)
-        tokens: list[Tokens] = self.student_backbone(student_crops, student_masks)
+            kept.append(None)
+        tokens: list[Tokens] = self.student_backbone(student_crops, student_masks, kept)
 
         cls_rows = torch.cat([t.cls for t in tokens]) if self.weights.dino else None  # [(2 + L) * B, D]
-        cls_logits, patch_logits = self._project("student", cls_rows, tokens[0], masked)
+        cls_logits, patch_logits = self._project("student", cls_rows, _masked_patches(tokens[0], masked))
         by_crop = None if cls_logits is None else cls_logits.unflatten(0, (2 + num_local, -1))  # [2 + L, B, K]
         return Outputs(
             cls=tokens[0].cls.unflatten(0, (2, -1)),
@@ -189,26 +240,31 @@ class DINOv2(ComposerModel):
             ibot_targets=ibot_targets,
             ibot_logits=patch_logits,
             masked=masked,
+            part=part,
         )
 
-    def _targets(self, tokens: Tokens, masked: MaskedRows | None) -> tuple[Tensor | None, Tensor | None]:
-        """Teacher tokens of the unmasked global crops -> targets [2, B, K] and [R, K']."""
+    def _targets(
+        self, rows: TeacherRows, masked: MaskedRows | None, columns: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What the teacher said of the global crops -> targets [2, B, K] and [R, K']."""
         # Views are swapped: row j of the targets is the other view of the student's row j.
-        cls_rows = torch.cat(tokens.cls.chunk(2)[::-1]) if self.weights.dino else None  # [2B, D]
-        cls_logits, patch_logits = self._project("teacher", cls_rows, tokens, masked)
+        cls_rows = torch.cat(rows.cls.chunk(2)[::-1]) if self.weights.dino else None  # [2B, D]
+        cls_logits, patch_logits = self._project("teacher", cls_rows, rows.patches)
         dino_targets = ibot_targets = None
         if cls_logits is not None:
-            dino_targets = self.dino_targets(cls_logits, self.teacher_temp).unflatten(0, (2, -1))
+            known = {"columns": columns["dino"]} if "dino" in columns else {}
+            dino_targets = self.dino_targets(cls_logits, self.teacher_temp, **known).unflatten(0, (2, -1))
         if patch_logits is not None:
-            ibot_targets = self.ibot_targets(patch_logits, self.teacher_temp, masked.valid)
+            known = {"columns": columns["ibot"]} if "ibot" in columns else {}
+            ibot_targets = self.ibot_targets(patch_logits, self.teacher_temp, masked.valid, **known)
         if self.measuring:
-            self._measure(tokens, dino_targets, ibot_targets, masked)
+            self._measure(rows.cls, dino_targets, ibot_targets, masked)
         return dino_targets, ibot_targets
 
     def _measure(
-        self, tokens: Tokens, dino_targets: Tensor | None, ibot_targets: Tensor | None, masked: MaskedRows | None
+        self, cls: Tensor, dino_targets: Tensor | None, ibot_targets: Tensor | None, masked: MaskedRows | None
     ) -> None:
-        self.gauges = {"feature_std": feature_std(tokens.cls)}
+        self.gauges = {"feature_std": feature_std(cls)}
         if dino_targets is not None:
             self._measure_targets("dino", self.dino_targets, dino_targets.flatten(0, 1))
         if ibot_targets is not None:
@@ -224,11 +280,10 @@ class DINOv2(ComposerModel):
         self.gauges |= {f"{name}_{loss}": value for name, value in found.items()}
 
     def _project(
-        self, role: str, cls_rows: Tensor | None, tokens: Tokens, masked: MaskedRows | None
+        self, role: str, cls_rows: Tensor | None, patch_rows: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of class tokens [rows, D] and of the masked patches; one call of a head that both share."""
+        """Logits of class tokens [rows, D] and of masked patches [R, D]; one call of a head that both share."""
         dino_head, ibot_head = getattr(self, f"{role}_dino_head"), getattr(self, f"{role}_ibot_head")
-        patch_rows = None if masked is None else tokens.patches.flatten(0, 1)[masked.index]  # [R, D]
         if cls_rows is None or patch_rows is None or ibot_head is not None:
             cls_logits = None if cls_rows is None else dino_head(cls_rows)
             patch_logits = None if patch_rows is None else (ibot_head or dino_head)(patch_rows)
@@ -246,14 +301,25 @@ class DINOv2(ComposerModel):
             if local_part is not None:
                 terms["dino_local"] = self.weights.dino * local_part
         if self.weights.koleo:
-            terms["koleo"] = self.weights.koleo * sum(koleo_loss(view) for view in outputs.cls)
+            terms["koleo"] = self.weights.koleo * self._koleo(outputs)
         if outputs.ibot_logits is not None:
             num_crops = 2 * len(batch["global_crops"])
             terms["ibot"] = self.weights.ibot * ibot_loss(
                 outputs.ibot_targets, outputs.ibot_logits, outputs.masked.weight, num_crops, self.student_temp
             )
-        self.terms = {name: term.detach() for name, term in terms.items()}
+        share = outputs.part.share
+        before = {} if share == 1 else self.terms
+        self.terms = {name: before.get(name, 0) + share * term.detach() for name, term in terms.items()}
         return {"total": sum(terms.values())}
+
+    def _koleo(self, outputs: Outputs) -> Tensor:
+        if outputs.part.koleo is not None:
+            found = outputs.part.koleo
+        elif self.koleo_distributed:
+            found = [koleo_gradient(view, all_ranks=True) for view in outputs.cls]
+        else:
+            return sum(koleo_loss(view) for view in outputs.cls)
+        return sum(with_gradient(*known, view.float()) for known, view in zip(found, outputs.cls, strict=True))
 
     def update_teacher(self) -> None:
         """Moves the teacher towards the student and the centres towards the batch; once an optimizer step."""
@@ -269,3 +335,8 @@ class DINOv2(ComposerModel):
     def _parameters_of(self, role: str) -> Iterator[nn.Parameter]:
         for net in self.networks(role).values():
             yield from net.parameters()
+
+
+def _masked_patches(tokens: Tokens, masked: MaskedRows | None) -> Tensor | None:
+    """The patch tokens [R, D] that iBOT looks at; None where it is off."""
+    return None if masked is None else tokens.patches.flatten(0, 1)[masked.index]

@@ -12,7 +12,7 @@ from dinocomp.config.tables import table_of_keys, table_of_recipes, write
 RUNS = ["quickstart", "vits16", "vits14", "vitb14", "vitl16_short", "vitl14", "vitg14", "imagenet100"]
 RECIPES = [
     *("registers", "sinkhorn", "separate_heads", "swiglu", "bf16", "fp16", "fp32"),
-    *("paper_blur", "small_data", "save_often", "no_koleo", "high_resolution"),
+    *("paper_blur", "small_data", "save_often", "no_koleo", "high_resolution", "fsdp", "fsdp2"),
 ]
 # Pairs that cannot work, with a part of the reason given. All of them work today.
 REFUSED: dict[tuple[str, str], str] = {}

@@ -36,7 +36,7 @@ def saved(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
     path = tmp_path / "teacher.safetensors"
     save_teacher(
         path,
-        {"backbone": networks.backbone, "dino_head": networks.dino_head},
+        {"backbone": networks.backbone.state_dict(), "dino_head": networks.dino_head.state_dict()},
         architecture=backbone_arguments(config),
         mean=(0.1, 0.2, 0.3),
         std=(0.4, 0.5, 0.6),

@@ -2,7 +2,16 @@
 
 from dinocomp.method.losses.dino import dino_loss
 from dinocomp.method.losses.ibot import ibot_loss
-from dinocomp.method.losses.koleo import koleo_loss
+from dinocomp.method.losses.koleo import koleo_gradient, koleo_loss, with_gradient
 from dinocomp.method.losses.targets import Centering, SinkhornKnopp, build_targets
 
-__all__ = ["Centering", "SinkhornKnopp", "build_targets", "dino_loss", "ibot_loss", "koleo_loss"]
+__all__ = [
+    "Centering",
+    "SinkhornKnopp",
+    "build_targets",
+    "dino_loss",
+    "ibot_loss",
+    "koleo_gradient",
+    "koleo_loss",
+    "with_gradient",
+]

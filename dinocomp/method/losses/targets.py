@@ -1,5 +1,7 @@
 """From teacher logits to target distributions: centring or Sinkhorn-Knopp, over the batch of all ranks."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ class Centering(nn.Module):
         num_prototypes: K.
         momentum: share of the old centre that is kept at each step.
     """
+
+    looks_ahead = False  # a target depends on its own logits and the centre, which stands still within a step
 
     def __init__(self, num_prototypes: int, momentum: float) -> None:
         super().__init__()
@@ -62,6 +66,10 @@ class Centering(nn.Module):
         self._sum = self._count = None
 
 
+_LOWEST = torch.finfo(torch.float32).min
+Rows = tuple[Tensor, Tensor, Tensor]  # q [R, K], logarithm of what its rows were divided by [R], valid [R]
+
+
 class SinkhornKnopp(nn.Module):
     """Targets that use every prototype equally over the batch of all ranks (Caron et al. 2020, SwAV, section 3).
 
@@ -69,37 +77,74 @@ class SinkhornKnopp(nn.Module):
     as two vectors, one factor a row and one a prototype, so the [rows, K] matrix is read and not rewritten; each row is
     first divided by its largest entry, which the factors make up for, so that no logit is too large or too small.
 
+    The prototypes' factors are all that rows need to know of each other. `columns` finds them from several sets of rows
+    (micro-batches), which it reads one after the other, once an iteration.
+
     Args:
         iterations: of the alternating scaling; 3 in the paper.
     """
+
+    looks_ahead = True  # a target depends on the logits of the whole batch
 
     def __init__(self, iterations: int) -> None:
         super().__init__()
         self.iterations = iterations
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, logits: Tensor, temperature: float, valid: Tensor | None = None, columns: Tensor | None = None
+    ) -> Tensor:
         """Targets of teacher logits [rows, K]; rows whose `valid` [rows] is False take no part and get zeros.
+
+        Args:
+            columns: [K], of `columns`, where these rows are a part of the batch; None where they are all of it.
 
         Returns:
             [rows, K], each valid row sums to 1, fp32.
         """
         with torch.autocast(logits.device.type, enabled=False):  # it would multiply in half precision
-            logits = logits.float() / temperature
-            num_rows, num_prototypes = logits.shape
-            valid = logits.new_ones(num_rows) if valid is None else valid.to(logits.dtype)  # [R]
-            least = 1e-20  # bounds the factors, so that none of their products overflows or vanishes
-            lowest = torch.finfo(logits.dtype).min
-            row_max = logits.amax(dim=1) if num_rows else logits.new_zeros(0)  # [R]
-            q = torch.exp(logits - row_max[:, None])  # [R, K], 1 at the largest of a row
-            row_max = row_max.masked_fill(valid == 0, lowest)  # padding has no say in the largest
-            largest = torch.cat([row_max, row_max.new_full((1,), lowest)]).amax()  # a rank may have no row at all
-            row = valid * torch.exp(row_max - all_reduce(largest, "max"))  # [R]
-            rows = all_reduce(valid.sum())  # [], of all ranks
-            for _ in range(self.iterations):
-                column = 1 / (num_prototypes * all_reduce(q.T @ row)).clamp_min(least)  # [K]
-                row = valid / (rows * (q @ column)).clamp_min(least)  # [R]
-            return q * column * (valid / (q @ column))[:, None]
+            rows = q, _, valid = self._rows(logits, temperature, valid)
+            columns = self._columns(lambda: [rows]) if columns is None else columns  # [K]
+            return q * columns * (valid / (q @ columns))[:, None]
+
+    @torch.no_grad()
+    def columns(self, sweep: Callable[[], Iterable[tuple[Tensor, Tensor | None]]], temperature: float) -> Tensor:
+        """The prototypes' factors for a batch in several parts: [K].
+
+        Args:
+            sweep: gives (logits [rows, K], valid [rows] or None) of each part; called once an iteration.
+        """
+
+        def rows() -> Iterable[Rows]:
+            for logits, valid in sweep():
+                with torch.autocast(logits.device.type, enabled=False):
+                    yield self._rows(logits, temperature, valid)
+
+        return self._columns(rows)
+
+    def _rows(self, logits: Tensor, temperature: float, valid: Tensor | None) -> Rows:
+        logits = logits.float() / temperature
+        valid = logits.new_ones(len(logits)) if valid is None else valid.to(logits.dtype)  # [R]
+        row_max = logits.amax(dim=1) if len(logits) else logits.new_zeros(0)  # [R]
+        q = torch.exp(logits - row_max[:, None])  # [R, K], 1 at the largest of a row
+        return q, row_max.masked_fill(valid == 0, _LOWEST), valid  # padding has no say in the largest
+
+    def _columns(self, sweep: Callable[[], Iterable[Rows]]) -> Tensor:
+        least = 1e-20  # bounds the factors, so that none of their products overflows or vanishes
+        mass = largest = rows = None  # [K], [], []; all weights are exp(logits - the largest of them)
+        for q, row_max, valid in sweep():
+            if mass is None:
+                mass, rows, largest = q.new_zeros(q.shape[1]), q.new_zeros(()), q.new_full((), _LOWEST)
+            higher = torch.cat([row_max, largest[None]]).amax()  # a rank may have no row at all
+            mass = mass * torch.exp(largest - higher) + q.T @ (valid * torch.exp(row_max - higher))
+            largest, rows = higher, rows + valid.sum()
+        mass = mass * torch.exp(largest - all_reduce(largest.clone(), "max"))
+        rows = all_reduce(rows)  # of all ranks
+        columns = 1 / (len(mass) * all_reduce(mass)).clamp_min(least)  # [K]
+        for _ in range(self.iterations - 1):
+            parts = [q.T @ (valid / (rows * (q @ columns)).clamp_min(least)) for q, _, valid in sweep()]  # of [K]
+            columns = 1 / (len(mass) * all_reduce(sum(parts))).clamp_min(least)  # [K]
+        return columns
 
     def step(self) -> None:
         """Sinkhorn-Knopp keeps nothing from batch to batch."""

@@ -1,0 +1,121 @@
+"""How networks lie on processes, from a configuration: Composer's DDP, FSDP and FSDP2."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from composer.devices import Device
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config, FSDPConfig, ParallelismConfig
+
+from dinocomp.build.model import count_parameters
+from dinocomp.config import Config, derive
+from dinocomp.distributed import on_rank_0
+from dinocomp.errors import ConfigError
+from dinocomp.method import DINOv2
+
+SHARDED = ("fsdp", "fsdp2")
+_BYTES = 4 * (1 + 1 + 2 + 1)  # a parameter in fp32, its gradient, AdamW's two averages, the teacher's
+
+
+def choose_strategy(config: Config, gpu: bool) -> str:
+    """`single`, `ddp`, `fsdp` or `fsdp2`; the same on all ranks.
+
+    Raises:
+        ConfigError: the configuration wants what this machine or number of processes cannot give.
+    """
+    world_size, wanted = dist.get_world_size(), config.parallelism.strategy
+    if wanted == "single" and world_size > 1:
+        raise ConfigError(
+            f"parallelism.strategy=single, but {world_size} processes were started. Type composer -n 1, or "
+            "parallelism.strategy=ddp."
+        )
+    if config.train.microbatch_size == "auto" and not gpu:
+        raise ConfigError(
+            "train.microbatch_size=auto finds out what fits on a GPU, and this run has none. Type a number of images, "
+            "such as train.microbatch_size=8."
+        )
+    if wanted in SHARDED and world_size > 1:
+        check_sharding(wanted, gpu)
+    return on_rank_0(lambda: derive.strategy(config, world_size, _gpu_bytes() if gpu else None, _whole_bytes(config)))
+
+
+def check_sharding(strategy: str, gpu: bool) -> None:
+    """Refuses sharding on CPUs: FSDP asks for a GPU, and FSDP2's gradients would be sums there, not means.
+
+    (gloo has no mean to scatter and silently takes the sum; pytorch issue 162338.)
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    if not gpu:
+        raise ConfigError(
+            f"parallelism.strategy={strategy} needs GPUs: on CPUs torch would train with wrong gradients. "
+            "Type parallelism.strategy=ddp."
+        )
+
+
+def _gpu_bytes() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def _whole_bytes(config: Config) -> int:
+    return _BYTES * sum(count_parameters(config).values())
+
+
+def parallelism(strategy: str, precision: str) -> ParallelismConfig | None:
+    """What Composer is told: units of sharding are transformer blocks, backbones and heads (see `Shell`).
+
+    Weights, their averages and the optimizer's are fp32, networks compute in `precision`, gradients are summed in fp32.
+    Checkpoints are written in shares, which load for any number of processes.
+    """
+    if strategy not in SHARDED:
+        return None
+    numbers = {"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    if strategy == "fsdp":
+        fsdp = FSDPConfig(
+            sharding_strategy="FULL_SHARD",
+            mixed_precision=numbers,
+            state_dict_type="sharded",
+            sync_module_states=True,  # rank 0 alone has weights so far
+            backward_prefetch="BACKWARD_PRE",
+        )
+        return ParallelismConfig(fsdp=fsdp)
+    return ParallelismConfig(fsdp2=FSDP2Config(mixed_precision=numbers, state_dict_type="sharded"))
+
+
+# What Composer always says of sharded runs; the last of callbacks without state, of which shares hold no entry.
+_EXPECTED = (
+    "FSDP2 Config/APIs are experimental",
+    "The _fsdp_wrap attribute will be removed",
+    "is not in the state_dict. Its state will not be restored",
+)
+
+
+@contextmanager
+def expected_warnings(sharded: bool) -> Iterator[None]:
+    """Keeps from users what they can do nothing about."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_others(message: Warning | str, *rest: Any) -> None:
+            if not (sharded and any(text in str(message) for text in _EXPECTED)):
+                show(message, *rest)
+
+        warnings.showwarning = show_others  # no filter, of which Composer sets one itself
+        yield
+
+
+def prepare_for_sharding(config: Config, strategy: str, model: DINOv2, device: Device) -> None:
+    """What Composer leaves to the model: which units stay gathered, and modules that are not sharded."""
+    if strategy not in SHARDED:
+        return
+    if not config.parallelism.reshard_after_forward:
+        # The teacher's are always freed after use, or it would go on with weights from before its last update.
+        kept = {"fsdp": {"sharding_strategy": "SHARD_GRAD_OP"}, "fsdp2": {"reshard_after_forward": False}}
+        for shell in model.shells("student").values():
+            shell.unit = kept[strategy]
+    for module in model.unsharded():
+        device.module_to_device(module)

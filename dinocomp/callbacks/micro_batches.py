@@ -1,0 +1,22 @@
+"""Before the forward passes of a step: what its micro-batches have to know of each other."""
+
+from composer import Callback, Logger, State
+from composer.core import get_precision_context
+
+from dinocomp.data import split_batch
+from dinocomp.method import DINOv2
+
+
+class LookAhead(Callback):
+    """Shows the whole batch to the model before its micro-batches are trained on, one after the other.
+
+    Composer fires this event again where it starts a batch anew because its micro-batches did not fit in memory.
+    """
+
+    def __init__(self, model: DINOv2) -> None:
+        self.model = model
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        parts = split_batch(state.batch, state.device_train_microbatch_size)
+        with get_precision_context(state.precision, state.precision_config):
+            self.model.begin_step([state.device.batch_to_device(part) for part in parts])

@@ -1,0 +1,167 @@
+"""The same mathematics on any number of processes, with any strategy, in any number of micro-batches."""
+
+import json
+from itertools import permutations
+from pathlib import Path
+from signal import SIGTERM
+
+import pytest
+import torch
+
+from dinocomp.checkpoints.manifest import folder_name
+from dinocomp.checkpoints.shapes import read_shares
+from dinocomp.interop import read_teacher
+from dinocomp.interop.weights import read_tensors
+from dinocomp.train import main
+
+from . import processes
+from .helpers import launch, metrics, words, yaml_of_nothing
+from .sharding import shard_on_cpu
+
+pytestmark = pytest.mark.usefixtures("one_cache")
+
+# What is drawn on a process is another thing on another process; and LayerScale's start of 1e-5 makes all features so
+# alike that the nearest of them is a matter of rounding.
+SAME = {
+    "student__drop_path_rate": 0,
+    "student__layerscale": "null",
+    "dino__koleo_distributed": "true",
+    "evaluation__at_start": "true",
+}
+CENTERING = SAME | {"train__centering": "centering", "ibot__separate_head": "true"}
+SINKHORN = SAME | {"train__centering": "sinkhorn_knopp"}
+SHAPES = [("single", 1), ("ddp", 2), ("fsdp", 2), ("fsdp2", 2), ("fsdp2", 4)]
+
+
+def run(folder: Path, name: str, strategy: str, ranks: int, port: int, changes: dict, stop: int = 0) -> Path:
+    """A run of 12 iterations of 8 images; told to stop in iteration `stop`, if there is one."""
+    output = folder / name
+    changes = {"train__batch_size_per_gpu": 8 // ranks, "parallelism__strategy": strategy, **changes}
+    signals = (processes.signal_at_iteration, stop, SIGTERM) if stop else ()
+    started = processes.start_ranks(
+        [yaml_of_nothing(folder), *words(output, **changes)], ranks, port, shard_on_cpu, *signals
+    )
+    assert [processes.finish(rank) for rank in started] == [75 if stop else 0] * ranks
+    return output
+
+
+def assert_same(one: Path, other: Path, rel: float = 1e-5) -> None:
+    """Every loss, gradient norm and gauge of two runs, and what the evaluation says of the teacher."""
+    ours, theirs = metrics(one), metrics(other)
+    assert [line["iteration"] for line in ours] == [line["iteration"] for line in theirs] == list(range(1, 13))
+    names = [name for name in ours[0] if name.startswith(("loss/", "grad_norm/", "teacher/", "lr", "momentum"))]
+    assert {"loss/koleo", "loss/ibot", "loss/dino_local", "grad_norm/backbone", "teacher/feature_std"} < {*names}
+    for a, b in zip(ours, theirs, strict=True):
+        for name in names:
+            assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-9), (a["iteration"], name)
+    lines = [(output / "evaluation.jsonl").read_text().splitlines() for output in (one, other)]
+    for a, b in zip(*lines, strict=True):
+        a, b = json.loads(a), json.loads(b)
+        assert a["knn_top1"]["5"] == pytest.approx(b["knn_top1"]["5"], abs=0.01), "rounding may turn an image or two"
+
+
+@pytest.fixture(scope="module", params=[CENTERING, SINKHORN], ids=["centering", "sinkhorn"])
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The run on one process, and its settings."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))  # as `one_cache`
+        assert main([yaml_of_nothing(folder), *words(folder / "run", **request.param)]) == 0
+    return folder / "run", request.param
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [*SHAPES[1:], ("ddp", 4)], ids=lambda value: str(value))
+def test_processes_are_one(alone: tuple, strategy: str, ranks: int, tmp_path: Path, free_port: int) -> None:
+    """W ranks of 8 / W images train as one of 8, networks whole or sharded."""
+    reference, changes = alone
+    output = run(tmp_path, "run", strategy, ranks, free_port, changes)
+    assert_same(output, reference)
+    ours, theirs = (read_teacher(path / "teacher.safetensors")[0] for path in (output, reference))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("size", [4, 2])
+def test_micro_batches_are_one_batch(alone: tuple, size: int, tmp_path: Path) -> None:
+    """1 x 8 images are 2 x 4 and 4 x 2, in all terms, gradients and gauges of the targets."""
+    reference, changes = alone
+    words_ = words(tmp_path / "run", **changes, train__microbatch_size=size)
+    assert main([yaml_of_nothing(tmp_path), *words_]) == 0
+    ours, theirs = metrics(tmp_path / "run"), metrics(reference)
+    for a, b in zip(ours, theirs, strict=True):
+        for name in (name for name in a if name.startswith(("loss/", "grad_norm/"))):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a["iteration"], name)
+
+
+@pytest.mark.parametrize(("strategy", "reshard"), [("ddp", "true"), ("fsdp", "false"), ("fsdp2", "false")])
+def test_micro_batches_on_ranks(alone: tuple, strategy: str, reshard: str, tmp_path: Path, free_port: int) -> None:
+    reference, changes = alone
+    changes = changes | {"train__microbatch_size": 2, "parallelism__reshard_after_forward": reshard}
+    output = run(tmp_path, "run", strategy, 2, free_port, changes)
+    for a, b in zip(metrics(output), metrics(reference), strict=True):
+        for name in (name for name in a if name.startswith(("loss/", "grad_norm/"))):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a["iteration"], name)
+
+
+@pytest.mark.parametrize("alone", [CENTERING], indirect=True, ids=["centering"])
+def test_a_run_through_all_shapes(alone: tuple, tmp_path: Path, free_port: int) -> None:
+    """Two iterations under each strategy, each going on from the checkpoint of the one before."""
+    reference, changes = alone
+    legs = [("ddp", 2, 2), ("fsdp", 2, 4), ("fsdp2", 4, 6), ("single", 1, 8), ("fsdp2", 2, 10), ("ddp", 4, 0)]
+    previous = 0
+    for strategy, ranks, stop in legs:
+        every = changes | {"checkpoint__max_to_keep": 0}
+        output = run(tmp_path, "run", strategy, ranks, free_port, every, stop and stop - previous)
+        previous = stop
+    assert_same(output, reference)
+    assert (output / "checkpoints" / folder_name(6) / ".metadata").is_file(), "sharded networks are saved in shares"
+    log = (output / "train.log").read_text()
+    assert log.count("it was saved with whole networks") == 2 and log.count("it was saved with sharded networks") == 2
+    assert not list((output / "checkpoints").glob(".*")), "nothing that was made for loading stays"
+    # AdamW's averages went along: the weights are where those of the uninterrupted run are.
+    ours, theirs = (read_tensors(path / "checkpoints" / folder_name(12)) for path in (output, reference))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), list(permutations(SHAPES, 2)), ids=str)
+def test_every_shape_goes_on_from_every_other(
+    first: tuple, then: tuple, tmp_path: Path, free_port: int, one_cache: None
+) -> None:
+    reference = run(tmp_path, "alone", "single", 1, free_port, CENTERING)
+    run(tmp_path, "run", *first, free_port, CENTERING, 6)
+    assert_same(run(tmp_path, "run", *then, free_port, CENTERING), reference)
+
+
+def test_weights_of_a_sharded_run(tmp_path: Path, free_port: int) -> None:
+    """A checkpoint in shares is where another run can start, and says what a file of weights says."""
+    sharded = run(tmp_path, "sharded", "fsdp2", 2, free_port, SINKHORN) / "checkpoints" / folder_name(12)
+    teacher, _ = read_teacher(sharded / "teacher.safetensors")
+    shares = read_shares(sharded)
+    for name, weight in teacher.items():
+        network, _, rest = name.partition(".")
+        torch.testing.assert_close(shares[f"teacher_{network}.net.{rest}"], weight, rtol=0, atol=0)
+    changes = SINKHORN | {"MODEL__WEIGHTS": sharded, "optim__epochs": 1}
+    assert main([yaml_of_nothing(tmp_path), *words(tmp_path / "next", **changes)]) == 0
+    first = metrics(tmp_path / "next")[0]
+    assert first["loss/total"] < metrics(sharded.parents[1])[3]["loss/total"], "it goes on from what was learnt"
+
+
+@pytest.mark.parametrize("processes_", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_through_the_launcher(processes_: int, tmp_path: Path) -> None:
+    """`composer -n`, sharded: one set of files, one voice."""
+    changes = SINKHORN | {"train__batch_size_per_gpu": 8 // processes_, "parallelism__strategy": "fsdp2"}
+    settings = words(tmp_path / "run", **changes, optim__epochs=1)
+    done = launch("shard", yaml_of_nothing(tmp_path), *settings, processes=processes_, script="tests/launched.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[4/4]") == 1
+    assert len(metrics(tmp_path / "run")) == 4
+
+
+def test_a_rank_that_fails_ends_all_and_shows_its_traceback(tmp_path: Path) -> None:
+    settings = words(tmp_path / "run", train__batch_size_per_gpu=4)
+    done = launch("fail", yaml_of_nothing(tmp_path), *settings, processes=2, script="tests/launched.py")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr and "ArithmeticError: nobody has foreseen this" in done.stderr
