@@ -9,7 +9,10 @@ from pathlib import Path
 from dinocomp.errors import DataError, DinocompError
 from dinocomp.hints import nearest
 
-_FLAGS = ("--world-size", "--full", "--workers", "--max-size", "--compression", "--strict", "--val-fraction", "--debug")
+_FLAGS = (
+    *("--world-size", "--gpu-memory", "--full"),
+    *("--workers", "--max-size", "--compression", "--strict", "--val-fraction", "--debug"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings, and recipes=[a,b]")
     plan.add_argument("--world-size", type=_positive, default=1, metavar="N", help="training processes (default 1)")
     plan.add_argument(
+        "--gpu-memory", type=_size, metavar="GB", help="memory of each GPU (GB): say whether the run fits, or what does"
+    )
+    plan.add_argument(
         "--full", action="store_true", help="list every key, not only those that differ from the defaults"
     )
 
@@ -112,7 +118,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     loaded = load_config(*split_arguments([arguments.yaml, *arguments.overrides]))
 
-    from dinocomp.build import count_parameters  # slow imports come after the settings have been found right
+    from dinocomp.build import count_parameters, plan_memory  # slow imports come after the settings are found right
     from dinocomp.data import count_images
 
     config = loaded.config
@@ -129,6 +135,9 @@ def _plan(arguments: argparse.Namespace) -> None:
             count_parameters(config),
             full=arguments.full,
             dataset_note=note,
+            memory=plan_memory(
+                config, arguments.world_size, None if arguments.gpu_memory is None else arguments.gpu_memory * 1e9
+            ),
         ),
         end="",
     )
@@ -158,6 +167,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes above 0, such as 80")
+    return value
 
 
 def _fraction(text: str) -> float:

@@ -6,6 +6,7 @@ Below it no configuration is passed: every constructor takes plain arguments.
 from dinocomp.build.data import build_loader, crop_settings, mask_settings
 from dinocomp.build.loggers import build_loggers
 from dinocomp.build.machine import join_processes, on_gpu
+from dinocomp.build.memory import plan_memory
 from dinocomp.build.model import backbone_arguments, build_model, build_networks, count_parameters
 from dinocomp.build.optim import build_optimizer, build_schedules
 from dinocomp.build.run import Run, build_run, build_training
@@ -29,4 +30,5 @@ __all__ = [
     "join_processes",
     "mask_settings",
     "on_gpu",
+    "plan_memory",
 ]

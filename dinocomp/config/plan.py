@@ -1,8 +1,12 @@
 """What a run would be, in words, before any of it is done."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
-from dinocomp.config.advice import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from dinocomp.config.advice import Advice, warnings
 from dinocomp.config.derive import (
     architecture,
     checkpoint_interval,
@@ -18,6 +22,9 @@ from dinocomp.config.keys import walk
 from dinocomp.config.load import LoadedConfig, all_keys
 from dinocomp.config.schema import Config
 
+if TYPE_CHECKING:
+    from dinocomp.build.memory import MemoryPlan
+
 
 def describe(
     loaded: LoadedConfig,
@@ -27,6 +34,7 @@ def describe(
     *,
     full: bool = False,
     dataset_note: str = "",
+    memory: MemoryPlan | None = None,
 ) -> str:
     """Return the plan of a run as text.
 
@@ -35,14 +43,20 @@ def describe(
         dataset_size: training images; None where they have not been counted, with the reason in `dataset_note`.
         parameters: trained parameters by network ("backbone", "dino_head", "ibot_head").
         full: list every key, not only those that differ from their default.
+        memory: what each GPU needs; None where that is not known.
     """
     blocks = [
         ("Settings" if full else "Settings that differ from the defaults", _settings(loaded, full)),
-        ("The run", _table(_numbers(loaded, world_size, dataset_size, parameters, dataset_note))),
+        (
+            "The run",
+            _table(_numbers(loaded, world_size, dataset_size, parameters, dataset_note) + _memory_rows(loaded, memory)),
+        ),
     ]
     if loaded.notices:
         blocks.append(("Notices", loaded.notices))
     advice = warnings(loaded.config, world_size, dataset_size)
+    if memory is not None and not memory.fits:
+        advice.insert(0, _too_large(memory))
     if advice:
         blocks.append(("Warnings", [line for item in advice for line in (f"! {item.what}", f"  -> {item.remedy}")]))
     return "\n\n".join(title + "\n" + "\n".join(f"  {line}" for line in lines) for title, lines in blocks) + "\n"
@@ -128,6 +142,26 @@ def _checkpoints_line(config: Config, parameters: int) -> str:
     if kept and milestone:
         line += f", and for ever those of every {milestone:,} iterations"
     return line + (f"; copied to {config.checkpoint.remote}" if config.checkpoint.remote else "")
+
+
+def _memory_rows(loaded: LoadedConfig, plan: MemoryPlan | None) -> list[tuple[str, str]]:
+    if plan is None or loaded.config.train.device == "cpu":
+        return []
+    parts = {field.name: getattr(plan.memory, field.name) / 1e9 for field in fields(plan.memory)}
+    named = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size >= 0.05)
+    line = f"about {plan.memory.total / 1e9:.1f} GB with {plan.strategy}: {named}"
+    if plan.limit is not None:
+        line += f"; a GPU of {plan.limit / 1e9:g} GB is {'enough' if plan.fits else 'too small'}"
+    if loaded.config.train.microbatch_size == "auto":
+        line += "; all images at a time, fewer where they do not fit (train.microbatch_size=auto)"
+    return [("memory on each GPU", line)]
+
+
+def _too_large(plan: MemoryPlan) -> Advice:
+    return Advice(
+        f"a step needs about {plan.memory.total / 1e9:.1f} GB of each GPU, which has {plan.limit / 1e9:g} GB",
+        plan.remedy or "use more GPUs with parallelism.strategy=fsdp2, smaller crops, or a smaller student.arch",
+    )
 
 
 def _crops_line(loaded: LoadedConfig) -> str:

@@ -183,6 +183,7 @@ class VisionTransformer(nn.Module):
         embedded = [self._embed(images, mask) for images, mask in zip(crops, masks, strict=True)]  # [B_i, T_i, D]
         groups = [tuple(x.shape[:2]) for x in embedded]
         x = torch.cat([x.flatten(0, 1) for x in embedded])  # [sum B_i * T_i, D]
+        del embedded  # or it would live as long as the pass
         # Drawn before the blocks run, so that a block can be compiled, or computed again for its gradients.
         by_block = self._kept_by_block([None] * len(groups) if kept is None else kept, groups, x.device)
         for block, of_groups in zip(self.blocks, by_block, strict=True):

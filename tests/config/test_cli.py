@@ -8,6 +8,7 @@ import pytest
 
 from dinocomp import cli
 from dinocomp.config import load_config, split_arguments
+from dinocomp.config.memory import Memory
 from dinocomp.config.plan import describe
 from dinocomp.errors import ConfigError, DataError
 
@@ -33,10 +34,19 @@ def other_rooms(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
             raise seen["count"]
         return seen["count"]  # type: ignore[return-value]
 
+    def plan_memory(config: object, world_size: int, limit: float | None) -> types.SimpleNamespace:
+        seen["memory"] = (world_size, limit)
+        fits = limit is None or limit > 12e9
+        memory = Memory(weights=2e9, activations=10e9, heads=1e6)
+        return types.SimpleNamespace(memory=memory, strategy="ddp", limit=limit, fits=fits, remedy="type less")
+
     rooms = {
         "dinocomp.data": {"count_images": count_images},
         "dinocomp.data.convert": {"convert": convert},
-        "dinocomp.build": {"count_parameters": lambda config: {"backbone": 21_678_336, "dino_head": 23_655_680}},
+        "dinocomp.build": {
+            "count_parameters": lambda config: {"backbone": 21_678_336, "dino_head": 23_655_680},
+            "plan_memory": plan_memory,
+        },
     }
     for name, members in rooms.items():
         module = types.ModuleType(name)
@@ -85,7 +95,7 @@ def test_words_that_mean_nothing_are_refused(words: list[str], capsys: pytest.Ca
 def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     listing = capsys.readouterr().out
-    assert "registers        four register tokens" in listing and len(listing.splitlines()) >= 12
+    assert "registers four register tokens" in " ".join(listing.split()) and len(listing.splitlines()) >= 12
     assert cli.main(["recipes", "registers"]) == 0
     assert "num_register_tokens: 4" in capsys.readouterr().out
     assert cli.main(["recipes", "regster"]) == 2
@@ -138,6 +148,28 @@ def test_plan_says_what_the_guide_works_out_by_hand(
     ):
         assert expected in flat, expected
     assert "student.patch_size" not in text, "a key at its default is left out"
+
+
+def test_plan_says_what_memory_is_needed(other_rooms: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    def plan(*words: str) -> str:
+        assert cli.main(["plan", "vits16", *words]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    line = "memory on each GPU about 12.0 GB with ddp: weights 2.0, activations 10.0"
+    text = plan()
+    assert line in text and "a GPU of" not in text
+    assert other_rooms["memory"] == (1, None)
+    assert line + "; a GPU of 16 GB is enough" in plan("--gpu-memory", "16", "--world-size", "2")
+    assert other_rooms["memory"] == (2, 16e9)
+    text = plan("--gpu-memory", "11.5")
+    assert line + "; a GPU of 11.5 GB is too small" in text
+    assert "! a step needs about 12.0 GB of each GPU, which has 11.5 GB -> type less" in text
+    assert "train.microbatch_size=auto" in plan("train.microbatch_size=auto")
+    assert "memory on each GPU" not in plan("train.device=cpu")
+    for wrong in ("0", "80gb", "inf"):
+        with pytest.raises(SystemExit):
+            plan("--gpu-memory", wrong)
+        assert "is not a number of gigabytes above 0" in capsys.readouterr().err
 
 
 def test_plan_in_full_lists_every_key_and_notices(

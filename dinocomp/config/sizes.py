@@ -1,0 +1,263 @@
+"""Sizes in bytes of what a training step makes, each counted by the shapes of its tensors; `memory.py` adds them up.
+
+Letters as elsewhere: B images of a micro-batch, L local crops, D width, K prototypes, R rows of masked patches. A
+tensor of the compute type takes `c` bytes a number, one of the residual stream `r`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dinocomp.config.derive import HeadSize, architecture, global_patches, head_sizes, micro_batch
+from dinocomp.config.schema import Config
+
+SHARDED = ("fsdp", "fsdp2")
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """The numbers that all parts of the estimate are made of."""
+
+    config: Config
+    parameters: Mapping[str, int]
+    world_size: int
+    strategy: str
+    c: int
+    masked: int
+    gpu: bool
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy in SHARDED and self.world_size > 1
+
+    @property
+    def r(self) -> int:
+        """Autocast leaves the residual stream in fp32; sharded units are given all in the compute type."""
+        return self.c if self.sharded else FP32
+
+    @property
+    def passes(self) -> int:
+        return self.config.train.batch_size_per_gpu // self.images
+
+    @property
+    def images(self) -> int:
+        return micro_batch(self.config)
+
+    @property
+    def width(self) -> int:
+        return architecture(self.config.student).embed_dim
+
+    @property
+    def depth(self) -> int:
+        return architecture(self.config.student).depth
+
+    @property
+    def backbone(self) -> int:
+        return self.parameters["backbone"]
+
+    @property
+    def numbers(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """(sequences, tokens in each) of global and local crops."""
+        config = self.config
+        prefix = 1 + config.student.num_register_tokens
+        groups = [(2 * self.images, global_patches(config) + prefix)]
+        if config.dino.loss_weight and config.crops.local_crops_number:
+            patches = (config.crops.local_crops_size // config.student.patch_size) ** 2
+            groups.append((config.crops.local_crops_number * self.images, patches + prefix))
+        return groups
+
+    @property
+    def tokens(self) -> int:
+        return sum(sequences * tokens for sequences, tokens in self.groups)
+
+    @property
+    def class_rows(self) -> tuple[int, int]:
+        """Class tokens that go through the student's head: of global and of local crops."""
+        if not self.config.dino.loss_weight:
+            return 0, 0
+        return 2 * self.images, self.groups[1][0] if len(self.groups) > 1 else 0
+
+
+def images(step: Step) -> float:
+    """Pixels as bytes: the batch and a micro-batch's copy; normalised ones, and those in the compute type."""
+    crops = step.config.crops
+    pixels = 3 * (2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2)
+    normalised = FP32 + (step.c if step.c < FP32 else 0)
+    return pixels * (step.config.train.batch_size_per_gpu + step.images * normalised)
+
+
+def units(step: Step) -> list[float]:
+    """Parameters that are gathered together: of each block, and of each network what is not in one."""
+    size = architecture(step.config.student)
+    hidden = inner_width(step)
+    gate = 2 if step.config.student.ffn_layer.startswith("swiglu") else 1
+    block = size.embed_dim * (4 * size.embed_dim + (gate + 1) * hidden)
+    heads = [number for name, number in step.parameters.items() if name != "backbone"]
+    return [block] * size.depth + heads
+
+
+def gathered(step: Step) -> float:
+    """Sharded: two units in the compute type (one is computed, one on its way), the larger one's gradients in fp32."""
+    if not step.sharded:
+        return 0
+    largest = max(units(step))
+    student = 0 if step.config.parallelism.reshard_after_forward else step.c * step.numbers
+    return student + largest * (2 * step.c + step.c + FP32)
+
+
+def optimizer_scratch(step: Step) -> float:
+    """On a GPU AdamW makes one more tensor for each weight of a group; with layerwise decay a group is of one block."""
+    if not step.gpu:
+        return 0
+    return FP32 * (max(units(step)) if step.config.optim.layerwise_decay < 1 else step.numbers)
+
+
+def cast_weights(step: Step) -> float:
+    """Autocast's copies of the student's weights, until the end of a forward pass."""
+    return 0 if step.sharded or step.c == FP32 else step.c * step.numbers
+
+
+def kept_casts(step: Step) -> float:
+    """Those of them that backward reads."""
+    recomputed = sum(mode_of(step, i) != "none" for i in range(step.depth)) / step.depth
+    return cast_weights(step) * (1 - recomputed * step.backbone / step.numbers)
+
+
+def inner_width(step: Step) -> int:
+    size = architecture(step.config.student)
+    hidden = int(size.embed_dim * size.mlp_ratio)
+    return (hidden * 2 // 3 + 7) // 8 * 8 if step.config.student.ffn_layer.startswith("swiglu") else hidden
+
+
+def block_keeps(step: Step, tokens: int, *, mode: str) -> float:
+    """What a block keeps of so many tokens of each branch: all for its backward ("none"), or products ("selective")."""
+    size, student = architecture(step.config.student), step.config.student
+    width, c = size.embed_dim, step.c
+    hidden = inner_width(step)
+    scaled = 1 if student.layerscale else 0  # LayerScale keeps what it scales
+    ffn = {"identity": (0, 0), "mlp": (hidden, hidden)}.get(student.ffn_layer, (2 * hidden, 2 * hidden))
+    if mode == "selective":  # query, key and value, attention, its projection; both layers of the FFN
+        outputs = c * (5 * width + ffn[0] + (width if ffn[0] else 0)) + FP32 * size.num_heads
+        return tokens * outputs
+    norms = 2 * (FP32 * width + c * width + 2 * FP32)  # each norm's input, always fp32, its output, mean and deviation
+    attention = c * (3 * width + 2 * width + scaled * width) + FP32 * size.num_heads
+    rows = 2 * (8 + FP32) if student.drop_path_rate else 0
+    return tokens * (norms + attention + c * (sum(ffn) + scaled * width) + rows)
+
+
+def kept_tokens(step: Step, i: int) -> int:
+    """Tokens of a branch of block i that drop path keeps."""
+    student = step.config.student
+    share = 1 if student.drop_path_uniform else i / max(step.depth - 1, 1)
+    kept = 1 - share * student.drop_path_rate
+    return sum(max(int(sequences * kept), 1) * tokens for sequences, tokens in step.groups)
+
+
+def mode_of(step: Step, i: int) -> str:
+    """What block i computes again."""
+    parallel = step.config.parallelism
+    return "none" if i % parallel.activation_checkpointing_every else parallel.activation_checkpointing
+
+
+def kept_of_block(step: Step, i: int) -> float:
+    """What block i keeps from its forward to its backward."""
+    offload, mode = step.config.parallelism.activation_cpu_offload, mode_of(step, i)
+    if mode == "none":
+        return 0 if offload else block_keeps(step, kept_tokens(step, i), mode="none")
+    block_input = 0 if offload else stream(step)
+    return block_input + (block_keeps(step, kept_tokens(step, i), mode="selective") if mode == "selective" else 0)
+
+
+def backward_of_block(step: Step, i: int) -> float:
+    """What is made in the backward of block i: activations that were not kept, and gradients."""
+    tokens, mode = kept_tokens(step, i), mode_of(step, i)
+    again = 0.0
+    if mode != "none" or step.config.parallelism.activation_cpu_offload:
+        again = block_keeps(step, tokens, mode="none")
+        again -= block_keeps(step, tokens, mode="selective") if mode == "selective" else 0
+    return again + step.c * inner_width(step) * tokens + stream(step)
+
+
+def stream(step: Step) -> float:
+    """The residual stream of all crops, [tokens, D]."""
+    return step.tokens * step.r * step.width
+
+
+def final_norm(step: Step) -> float:
+    """What the final norm keeps: its input, in fp32, and each token's mean and deviation."""
+    return step.tokens * FP32 * (step.width + 2)
+
+
+def teacher(step: Step) -> float:
+    """The teacher's forward pass: one block's FFN at a time."""
+    width, c = step.width, step.c
+    sequences, tokens = step.groups[0]
+    return sequences * tokens * (3 * step.r * width + (step.r + c) * width + 2 * c * inner_width(step))
+
+
+def teacher_tokens(step: Step) -> float:
+    """Before and after the final norm."""
+    sequences, tokens = step.groups[0]
+    return 2 * step.r * sequences * tokens * step.width
+
+
+def tokens(step: Step) -> float:
+    """The student's tokens after the final norm, until heads have read them."""
+    return FP32 * step.tokens * step.width
+
+
+def losses(step: Step) -> tuple[int, int, int, int, int]:
+    """Rows and prototypes: (global, local, K of DINO, masked, K of iBOT)."""
+    heads = head_sizes(step.config)
+    dino = heads.get("dino_head")
+    ibot = heads.get("ibot_head", dino)
+    return (*step.class_rows, dino.prototypes if dino else 0, step.masked, ibot.prototypes if ibot else 0)
+
+
+def outputs(step: Step) -> float:
+    """Logits of the student and fp32 targets, which live as long as a pass."""
+    views, local, k_dino, masked, k_ibot = losses(step)
+    logits = step.c * ((views + local) * k_dino + masked * k_ibot)
+    return logits + FP32 * (views * k_dino + masked * k_ibot)
+
+
+def saved_by_heads(step: Step) -> float:
+    """What the student's heads keep for backward besides logits."""
+    heads = head_sizes(step.config)
+    views, local, _, masked, _ = losses(step)
+    rows = {"dino_head": views + local, "ibot_head": masked}
+    if "ibot_head" not in heads:
+        rows["dino_head"] += masked
+    return sum(head(step, size, rows[name]) for name, size in heads.items())
+
+
+def head(step: Step, size: HeadSize, rows: int) -> float:
+    width, c = step.width, step.c
+    numbers = width + 2 * (size.layers - 1) * size.hidden + size.bottleneck
+    return rows * (c * numbers + 2 * FP32 * size.bottleneck) + c * size.prototypes * size.bottleneck
+
+
+def making_targets(step: Step) -> float:
+    """The teacher's logits and what becomes of the larger share of them, in fp32."""
+    views, _, k_dino, masked, k_ibot = losses(step)
+    logits = step.c * (views * k_dino + masked * k_ibot)
+    steps = 4 if step.config.train.centering == "sinkhorn_knopp" else 3
+    return logits + FP32 * (views * k_dino + steps * masked * k_ibot)
+
+
+def loss(step: Step) -> float:
+    """Log-probabilities of all rows, and what is made of one term in backward."""
+    views, local, k_dino, masked, k_ibot = losses(step)
+    of_all = FP32 * ((views + local) * k_dino + masked * k_ibot)
+    of_ibot, of_local = 2 * FP32 * masked * k_ibot, 2 * FP32 * local * k_dino
+    logits = step.c * ((views + local) * k_dino + masked * k_ibot)
+    return max(
+        of_all + of_ibot,
+        of_all - of_ibot / 2 + of_local + step.c * masked * k_ibot,
+        FP32 * views * k_dino * 3 + logits,
+        2 * logits,
+    )
