@@ -107,6 +107,19 @@ def fail_at_iteration(iteration: int, rank: int) -> None:
         _at_iteration(iteration, fail)
 
 
+def write_draws(folder: Path) -> None:
+    """Each rank writes the masks of its first batch and the sequences that its student keeps in the first block."""
+    original, rank = DINOv2.loss, os.environ.get("RANK", "0")
+
+    def loss(self: DINOv2, outputs: object, batch: dict) -> object:
+        kept = self.networks("student")["backbone"].draw_kept(64, torch.device("cpu"))[0]
+        if not (folder / f"{rank}.pt").exists():
+            torch.save({"masks": batch["masks"], "kept": kept, "index": batch["index"]}, folder / f"{rank}.pt")
+        return original(self, outputs, batch)
+
+    DINOv2.loss = loss
+
+
 def pause_at_iteration(iteration: int, until: Path) -> None:
     """This process waits in an iteration (counted from 1) until there is a file."""
 
