@@ -194,15 +194,17 @@ def test_no_rank_draws_what_another_draws(tmp_path: Path, free_port: int) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes_", [2, 4])
-def test_through_the_launcher(processes_: int, tmp_path: Path) -> None:
-    """`composer -n`, sharded: one set of files, one voice."""
-    changes = SINKHORN | {"train__batch_size_per_gpu": 8 // processes_, "parallelism__strategy": "fsdp2"}
-    settings = words(tmp_path / "run", **changes, optim__epochs=1)
-    done = launch("shard", yaml_of_nothing(tmp_path), *settings, processes=processes_, script="tests/launched.py")
+@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp2", 4)])
+@pytest.mark.parametrize("alone", [SINKHORN], indirect=True, ids=["sinkhorn"])
+def test_through_the_launcher(alone: tuple, strategy: str, ranks: int, tmp_path: Path) -> None:
+    """`composer -n`: the same numbers, one set of files, one voice."""
+    reference, changes = alone
+    changes = changes | {"train__batch_size_per_gpu": 8 // ranks, "parallelism__strategy": strategy}
+    settings = words(tmp_path / "run", **changes)
+    done = launch("shard", yaml_of_nothing(tmp_path), *settings, processes=ranks, script="tests/launched.py")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("[4/4]") == 1
-    assert len(metrics(tmp_path / "run")) == 4
+    assert done.stdout.count("[12/12]") == 1 and f"({strategy})" in done.stdout
+    assert_same(tmp_path / "run", reference)
 
 
 @pytest.mark.slow
