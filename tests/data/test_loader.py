@@ -18,7 +18,7 @@ from torch.utils.data._utils import worker as torch_worker
 from dinocomp.data import CropSettings, MaskSettings, batch_masks, multi_crop, open_images, training_loader
 from dinocomp.data.images import decode_rgb
 from dinocomp.data.loader import Batch
-from dinocomp.data.order import TrainingOrder, shard_permutation, uniform_permutation
+from dinocomp.data.order import TrainingOrder, uniform_permutation
 from dinocomp.data.reader import Images, Sample
 from dinocomp.errors import DataError
 
@@ -103,16 +103,6 @@ def test_permutations() -> None:
     assert abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.1
     for other in (uniform_permutation(1000, 0, 1), uniform_permutation(1000, 1, 0)):
         assert not np.array_equal(first, other)
-
-
-def test_remote_order_visits_shards_one_after_another() -> None:
-    sizes = np.full(50, 20)
-    drawn = shard_permutation(sizes, 0, 1, block=40)
-    assert sorted(drawn) == list(range(1000)) and not np.array_equal(drawn, shard_permutation(sizes, 0, 2, block=40))
-    window = [len(set(drawn[i : i + 100] // 20)) for i in range(0, 1000, 100)]
-    assert max(window) <= 12  # of 50
-    ordered = [sample for *_, sample in order(samples=1000, shard_sizes=sizes, block=40, iterations=250)]
-    assert ordered == list(shard_permutation(sizes, 0, 0, 40))
 
 
 def test_no_images() -> None:
