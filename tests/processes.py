@@ -97,6 +97,17 @@ def signal_at_iteration(iteration: int, number: signal.Signals, rank: int = -1) 
         _at_iteration(iteration, lambda: os.kill(os.getpid(), number))
 
 
+def fail_at_iteration(iteration: int, rank: int, mark: Path) -> None:
+    """One rank has an error that nobody has foreseen, in an iteration (counted from 1), and makes a file then."""
+
+    def fail() -> None:
+        mark.touch()
+        raise RuntimeError("this machine fails")
+
+    if rank == int(os.environ.get("RANK", "0")):
+        _at_iteration(iteration, fail)
+
+
 def pause_at_iteration(iteration: int, until: Path) -> None:
     """This process waits in an iteration (counted from 1) until there is a file."""
 
