@@ -97,10 +97,12 @@ def signal_at_iteration(iteration: int, number: signal.Signals, rank: int = -1) 
         _at_iteration(iteration, lambda: os.kill(os.getpid(), number))
 
 
-def fail_at_iteration(iteration: int, rank: int) -> None:
-    """This process meets an error that nobody has foreseen in an iteration (counted from 1), if it is `rank`."""
+def fail_at_iteration(iteration: int, rank: int, mark: Path | None = None) -> None:
+    """One rank has an error that nobody has foreseen, in an iteration (counted from 1), and makes a file then."""
 
     def fail() -> None:
+        if mark:
+            mark.touch()
         raise ArithmeticError("nobody has foreseen this")
 
     if rank == int(os.environ.get("RANK", "0")):
