@@ -36,12 +36,18 @@ def backbone_arguments(config: Config) -> dict[str, Any]:
 
 
 def build_networks(config: Config, *, drop_path_rate: float = 0.0) -> Networks:
-    """Freshly initialised backbone and heads. A head that no loss uses is None."""
+    """Freshly initialised backbone and heads. A head that no loss uses is None.
+
+    Activation checkpointing is a matter of the student alone: a block heeds it only where gradients are taken.
+    """
     backbone = VisionTransformer(
         **backbone_arguments(config),
         drop_path_rate=drop_path_rate,
         drop_path_uniform=config.student.drop_path_uniform,
         kernel=config.performance.attention,
+        recompute=config.parallelism.activation_checkpointing,
+        recompute_every=config.parallelism.activation_checkpointing_every,
+        offload=config.parallelism.activation_cpu_offload,
     )
     heads = {
         name: DINOHead(

@@ -1,12 +1,14 @@
 """The pre-norm transformer block, with LayerScale and drop path as a subset of the batch."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinocomp.models.attention import Attention, Groups
 from dinocomp.models.ffn import build_ffn
+from dinocomp.models.recompute import MODES, run
 
 
 class LayerScale(nn.Module):
@@ -45,6 +47,23 @@ def kept_rows(groups: Groups, kept: Sequence[Tensor | None], device: torch.devic
     return torch.cat(rows), torch.cat(scales), packing
 
 
+class AddRows(torch.autograd.Function):
+    """x.index_add(0, rows, y), but only the rows are kept for backward, all that the gradients need.
+
+    Torch's own keeps y [kept tokens, dim], too: a sixth of what a block keeps in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.index_add(0, rows, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (rows,) = ctx.saved_tensors
+        return grad, None, grad.index_select(0, rows)
+
+
 class Block(nn.Module):
     """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))), over packed sequences.
 
@@ -53,6 +72,8 @@ class Block(nn.Module):
         init_values: start of LayerScale; 0 or None for none.
         drop_path: while training, the share of sequences for which a branch is not computed at all, which saves their
             time. `draw_kept` draws them; a forward pass draws nothing, so that it can be repeated.
+        recompute, offload: while training, what is kept for backward, and where; `mode` and `offload` of
+            `recompute.run`. Inside the block, so that a block is the unit of sharding with or without it.
     """
 
     def __init__(
@@ -68,9 +89,15 @@ class Block(nn.Module):
         init_values: float | None = None,
         drop_path: float = 0.0,
         kernel: str = "auto",
+        recompute: str = "none",
+        offload: bool = False,
     ) -> None:
         super().__init__()
+        if recompute not in MODES:
+            raise ValueError(f"no recomputation called '{recompute}'; there are {', '.join(MODES)}")
         self.drop_path = drop_path
+        self.recompute = recompute
+        self.offload = offload
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, kernel=kernel)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
@@ -99,6 +126,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, groups: Groups, kept: Sequence[Tensor | None] | None = None) -> Tensor:
         """[tokens, dim] -> [tokens, dim]. `kept`: for each group what `draw_kept` gave; None computes everything."""
+        lighter = self.recompute != "none" or self.offload
+        if lighter and self.training and torch.is_grad_enabled():
+            return run(self._compute, x, groups, kept, mode=self.recompute, offload=self.offload)
+        return self._compute(x, groups, kept)
+
+    def _compute(self, x: Tensor, groups: Groups, kept: Sequence[Tensor | None] | None) -> Tensor:
         x = self._residual(x, groups, kept, 0, lambda y, packing: self.ls1(self.attn(self.norm1(y), packing)))
         return self._residual(x, groups, kept, 1, lambda y, packing: self.ls2(self.mlp(self.norm2(y))))
 
@@ -113,4 +146,4 @@ class Block(nn.Module):
         if kept is None or all(chosen is None for chosen in kept):
             return x + compute(x, groups)
         rows, scale, packing = kept_rows(groups, [None if pair is None else pair[branch] for pair in kept], x.device)
-        return x.index_add(0, rows, (compute(x[rows], packing) * scale).to(x.dtype))
+        return AddRows.apply(x, rows, (compute(x[rows], packing) * scale).to(x.dtype))

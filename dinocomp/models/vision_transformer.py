@@ -41,6 +41,9 @@ class VisionTransformer(nn.Module):
         num_register_tokens: extra tokens without a position, after the class token.
         interpolate_offset, interpolate_antialias: see `interpolate_pos_embed`.
         kernel: attention kernel, see `packed_attention`.
+        recompute: what blocks compute again in backward to save memory (none, selective, full); see `recompute.run`.
+        recompute_every: block i does so where i is a multiple of this.
+        offload: keep what backward needs of the blocks in the machine's memory.
     """
 
     def __init__(
@@ -64,6 +67,9 @@ class VisionTransformer(nn.Module):
         interpolate_offset: float = 0.1,
         interpolate_antialias: bool = False,
         kernel: str = "auto",
+        recompute: str = "none",
+        recompute_every: int = 1,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -92,8 +98,10 @@ class VisionTransformer(nn.Module):
                 init_values=init_values,
                 drop_path=rate,
                 kernel=kernel,
+                recompute="none" if i % recompute_every else recompute,
+                offload=offload,
             )
-            for rate in rates
+            for i, rate in enumerate(rates)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.init_weights()

@@ -13,6 +13,7 @@ RUNS = ["quickstart", "vits16", "vits14", "vitb14", "vitl16_short", "vitl14", "v
 RECIPES = [
     *("registers", "sinkhorn", "separate_heads", "swiglu", "bf16", "fp16", "fp32"),
     *("paper_blur", "small_data", "save_often", "no_koleo", "high_resolution", "fsdp", "fsdp2"),
+    *("activation_checkpointing", "low_memory"),
 ]
 # Pairs that cannot work, with a part of the reason given. All of them work today.
 REFUSED: dict[tuple[str, str], str] = {}
