@@ -71,7 +71,22 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder / "run", request.param
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [*SHAPES[1:], ("ddp", 4)], ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("alone", "strategy", "ranks"),
+    [
+        (SINKHORN, "ddp", 2),
+        (SINKHORN, "fsdp2", 2),
+        (CENTERING, "fsdp", 2),
+        (CENTERING, "ddp", 4),
+        *(
+            pytest.param(CENTERING, *shape, marks=pytest.mark.slow)
+            for shape in [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)]
+        ),
+        *(pytest.param(SINKHORN, *shape, marks=pytest.mark.slow) for shape in [("fsdp", 2), ("ddp", 4), ("fsdp2", 4)]),
+    ],
+    indirect=["alone"],
+    ids=lambda value: value["train__centering"] if isinstance(value, dict) else value,
+)
 def test_processes_are_one(alone: tuple, strategy: str, ranks: int, tmp_path: Path, free_port: int) -> None:
     """W ranks of 8 / W images train as one of 8, networks whole or sharded."""
     reference, changes = alone
@@ -83,7 +98,7 @@ def test_processes_are_one(alone: tuple, strategy: str, ranks: int, tmp_path: Pa
         torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("size", [4, 2])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_micro_batches_are_one_batch(alone: tuple, size: int, tmp_path: Path) -> None:
     """1 x 8 images are 2 x 4 and 4 x 2, in all terms, gradients and gauges of the targets."""
     reference, changes = alone
@@ -95,10 +110,17 @@ def test_micro_batches_are_one_batch(alone: tuple, size: int, tmp_path: Path) ->
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a["iteration"], name)
 
 
-@pytest.mark.parametrize(("strategy", "reshard"), [("ddp", "true"), ("fsdp", "false"), ("fsdp2", "false")])
-def test_micro_batches_on_ranks(alone: tuple, strategy: str, reshard: str, tmp_path: Path, free_port: int) -> None:
+@pytest.mark.parametrize(
+    ("alone", "strategy", "recompute"),
+    [(CENTERING, "ddp", "none"), (CENTERING, "fsdp", "full"), (SINKHORN, "fsdp2", "selective")],
+    indirect=["alone"],
+    ids=["ddp", "fsdp-full", "fsdp2-selective"],
+)
+def test_micro_batches_on_ranks(alone: tuple, strategy: str, recompute: str, tmp_path: Path, free_port: int) -> None:
+    """With the student's weights kept from forward to backward, and parts of it computed again."""
     reference, changes = alone
-    changes = changes | {"train__microbatch_size": 2, "parallelism__reshard_after_forward": reshard}
+    changes = changes | {"train__microbatch_size": 2, "parallelism__activation_checkpointing": recompute}
+    changes |= {"parallelism__reshard_after_forward": "false"}
     output = run(tmp_path, "run", strategy, 2, free_port, changes)
     for a, b in zip(metrics(output), metrics(reference), strict=True):
         for name in (name for name in a if name.startswith(("loss/", "grad_norm/"))):
@@ -153,7 +175,7 @@ def test_weights_of_a_sharded_run(tmp_path: Path, free_port: int) -> None:
     assert first["loss/total"] < metrics(sharded.parents[1])[3]["loss/total"], "it goes on from what was learnt"
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("fsdp", marks=pytest.mark.slow), "fsdp2"])
 def test_a_bad_step_is_skipped_by_sharded_networks(strategy: str, tmp_path: Path, free_port: int) -> None:
     """A gradient that is not finite on one rank is left out by all, as with whole networks."""
     runs = {}
