@@ -1,6 +1,9 @@
 """Several machines, each with a launcher of its own, as one types it there; here all of them are this one."""
 
+import inspect
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from .helpers import ROOT, launch, metrics, words, yaml_of_nothing
 
-pytestmark = [pytest.mark.usefixtures("one_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("one_cache")
 
 GRACE = 30  # seconds that the launcher gives its processes
 
@@ -27,6 +31,15 @@ def start_node(node: int, port: int, log: Path, *arguments: str, script: str = "
         )
 
 
+def start_ignoring_usr1(node: int, port: int, log: Path, *arguments: str) -> subprocess.Popen:
+    """The same as docs/multi-node.md has SLURM start it."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited, as from `trap "" USR1`
+    try:
+        return start_node(node, port, log, *arguments)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def finish(nodes: list[subprocess.Popen], seconds: float) -> list[int]:
     """The exit codes of all launchers, which come within so many seconds."""
     try:
@@ -39,6 +52,28 @@ def finish(nodes: list[subprocess.Popen], seconds: float) -> list[int]:
                 node.wait()
 
 
+def test_documented_launches_are_the_launchers() -> None:
+    """Every flag and variable of docs/multi-node.md's table, and its manifests, are what they are given as."""
+    from composer.cli import launcher
+
+    text = (ROOT / "docs" / "multi-node.md").read_text()
+    rows = re.findall(r"^\| (`-.*?) \| (.*?) \|", text, re.MULTILINE)
+    flags = [flag for row in rows for flag in re.findall(r"`(--?\w+)", row[0])]
+    assert len(flags) == 8 and set(flags) <= set(launcher._get_parser()._option_string_actions)
+    variables = [name for row in rows for name in re.findall(r"`(\w+)`", row[1])]
+    source = inspect.getsource(launcher._parse_args)
+    assert len(variables) == 6 and all(f"'{name}'" in source for name in variables)
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    kinds = [document.get("kind") for block in blocks for document in yaml.safe_load_all(block)]
+    assert kinds == ["Service", "Job", None]
+    commands = re.findall(r"^composer (.*)$", text, re.MULTILINE)
+    parsed = [launcher._get_parser().parse_args(shlex.split(command)) for command in commands]
+    assert [(p.nproc, p.world_size, p.node_rank, p.training_script) for p in parsed] == [
+        (8, 16, node, "dinocomp/train.py") for node in range(2)
+    ]
+
+
+@pytest.mark.slow
 def test_two_machines_are_one(tmp_path: Path, free_port: int) -> None:
     """Two launchers with a rendezvous train exactly as one with two processes does."""
     changes = {"optim__epochs": 1, "train__num_workers": 1}
@@ -68,6 +103,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_machine_that_fails_ends_all(tmp_path: Path, free_port: int) -> None:
     """The second one shows why; the first one does not wait for it."""
     script, mark = tmp_path / "failing.py", tmp_path / "failed"
@@ -87,3 +123,21 @@ def test_a_machine_that_fails_ends_all(tmp_path: Path, free_port: int) -> None:
     assert len(ended) == 2 and all(end - failed < GRACE for end in ended.values()), (ended, failed)
     assert "ArithmeticError: nobody has foreseen this" in shown[1] and "Traceback" in shown[1]
     assert "nobody has foreseen this" not in shown[0]
+
+
+@pytest.mark.slow
+def test_a_scheduler_warns_all_machines(tmp_path: Path, free_port: int) -> None:
+    """SIGUSR1 for every process of both machines, launchers and data workers included: saved, and 75 from both."""
+    logs = [tmp_path / f"node-{node}" for node in range(2)]
+    changes = {"train__num_workers": 1, "optim__epochs": 500, "checkpoint__save_frequency": 500}
+    arguments = [yaml_of_nothing(tmp_path), *words(tmp_path / "run", **changes)]
+    nodes = [start_ignoring_usr1(node, free_port, logs[node], *arguments) for node in range(2)]
+    begin = time.monotonic()
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() - begin < 300:
+        time.sleep(0.05)
+    for node in nodes:
+        os.killpg(node.pid, signal.SIGUSR1)
+    codes = finish(nodes, 60)
+    assert codes == [75, 75], "\n".join(log.read_text() for log in logs)
+    done = metrics(tmp_path / "run")[-1]["iteration"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"iteration-{done:08d}"]
