@@ -97,14 +97,29 @@ def signal_at_iteration(iteration: int, number: signal.Signals, rank: int = -1) 
         _at_iteration(iteration, lambda: os.kill(os.getpid(), number))
 
 
-def fail_at_iteration(iteration: int, rank: int) -> None:
-    """This process meets an error that nobody has foreseen in an iteration (counted from 1), if it is `rank`."""
+def fail_at_iteration(iteration: int, rank: int, mark: Path | None = None) -> None:
+    """One rank has an error that nobody has foreseen, in an iteration (counted from 1), and makes a file then."""
 
     def fail() -> None:
+        if mark:
+            mark.touch()
         raise ArithmeticError("nobody has foreseen this")
 
     if rank == int(os.environ.get("RANK", "0")):
         _at_iteration(iteration, fail)
+
+
+def write_draws(folder: Path) -> None:
+    """Each rank writes the masks of its first batch and the sequences that its student keeps in the first block."""
+    original, rank = DINOv2.loss, os.environ.get("RANK", "0")
+
+    def loss(self: DINOv2, outputs: object, batch: dict) -> object:
+        kept = self.networks("student")["backbone"].draw_kept(64, torch.device("cpu"))[0]
+        if not (folder / f"{rank}.pt").exists():
+            torch.save({"masks": batch["masks"], "kept": kept, "index": batch["index"]}, folder / f"{rank}.pt")
+        return original(self, outputs, batch)
+
+    DINOv2.loss = loss
 
 
 def pause_at_iteration(iteration: int, until: Path) -> None:

@@ -7,7 +7,9 @@ import torch
 from composer.loggers import TensorboardLogger
 
 from dinocomp import build
-from dinocomp.config import load_config
+from dinocomp.build import build_model
+from dinocomp.build.parallel import choose_strategy
+from dinocomp.config import derive, load_config
 from dinocomp.data import CropSettings, MaskSettings
 from dinocomp.errors import ConfigError
 from dinocomp.optim import Multipliers
@@ -80,3 +82,44 @@ def test_settings_of_the_data_room_have_the_schemas_defaults() -> None:
     assert build.crop_settings(default) == CropSettings()
     masks = build.mask_settings(default)
     assert masks == MaskSettings(grid=masks.grid) and masks.grid == (14, 14)
+
+
+def strategy_of(*words: str, world_size: int = 2, gpu_gigabytes: int | None = 80, whole: float = 6.5) -> str:
+    config = load_config(None, [*words]).config
+    gpu_bytes = None if gpu_gigabytes is None else gpu_gigabytes * 10**9
+    return derive.strategy(config, world_size, gpu_bytes, int(whole * 10**9))
+
+
+def test_a_strategy_is_found() -> None:
+    """Networks are sharded where they are asked to be, or where whole ones are large for a GPU."""
+    backbone = "compute_precision.student.backbone.sharding_strategy"
+    assert strategy_of() == "ddp" and strategy_of(whole=30) == "fsdp2" and strategy_of(gpu_gigabytes=16) == "fsdp2"
+    assert strategy_of(world_size=1, whole=200) == strategy_of("parallelism.strategy=fsdp", world_size=1) == "single"
+    assert strategy_of(gpu_gigabytes=None, whole=200) == "ddp", "on CPUs"
+    assert strategy_of(f"{backbone}=NO_SHARD", whole=200) == "ddp" and strategy_of(f"{backbone}=FULL_SHARD") == "fsdp2"
+    assert strategy_of(f"{backbone}=FULL_SHARD", "parallelism.strategy=ddp") == "ddp"
+    assert strategy_of("train.microbatch_size=auto", whole=200) == "fsdp", "Composer's search needs it"
+
+
+@pytest.mark.parametrize(
+    ("word", "what", "remedy"),
+    [
+        ("parallelism.strategy=fsdp2", "parallelism.strategy=fsdp2 needs GPUs", "Type parallelism.strategy=ddp"),
+        ("parallelism.strategy=fsdp", "parallelism.strategy=fsdp needs GPUs", "Type parallelism.strategy=ddp"),
+        ("parallelism.strategy=single", "but 2 processes were started", "Type composer -n 1"),
+        ("train.microbatch_size=auto", "this run has none", "Type a number of images"),
+    ],
+)
+def test_what_two_cpu_processes_cannot_do(word: str, what: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("composer.utils.dist.get_world_size", lambda: 2)
+    with pytest.raises(ConfigError) as error:
+        choose_strategy(load_config(None, [word]).config, gpu=False)
+    assert what in str(error.value) and remedy in str(error.value)
+
+
+def test_networks_for_another_ranks_weights_take_no_memory() -> None:
+    model = build_model(load_config("vitg14").config, 8, empty=True)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    names = {name for name, _ in model.named_parameters()}
+    assert {"student_backbone.net.cls_token", "teacher_ibot_head.net.last_layer.weight_v"} < names

@@ -19,4 +19,4 @@ class LookAhead(Callback):
     def before_train_batch(self, state: State, logger: Logger) -> None:
         parts = split_batch(state.batch, state.device_train_microbatch_size)
         with get_precision_context(state.precision, state.precision_config):
-            self.model.begin_step([state.device.batch_to_device(part) for part in parts])
+            self.model.begin_step(parts, state.device.batch_to_device)

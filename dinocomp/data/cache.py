@@ -21,12 +21,14 @@ from streaming import LocalDataset
 from streaming.base.compression import decompress
 
 from dinocomp.data.damage import damage
+from dinocomp.data.lanes import MOST_LANES
 from dinocomp.data.store import Downloads, patiently
 from dinocomp.errors import DataError
 
 log = logging.getLogger(__name__)
 
 _COPIES = 3  # tries before a shard whose hash does not match is given up
+_SHARDS_OF_A_LANE = 4  # that it shuffles at a time, where there is room
 _TURNS = 10  # times a shard is fetched for one image before saying that the cache is too small
 _LOCKS = 64  # files that the locks of all shards share
 _TOUCH_SECONDS = 5.0  # how precisely the cache knows when a shard was used last
@@ -78,13 +80,17 @@ class CachedShards(LocalDataset):
         )
 
     def block(self, most: int) -> int:
-        """How many samples to shuffle together, at most `most`, so that their shards fit well within the limit."""
+        """How many samples to shuffle together, at most `most`, so that their shards fit well within the limit.
+
+        Where shards hold many, `most` is more, for as many lanes as there may be.
+        """
+        most = max(most, _SHARDS_OF_A_LANE * MOST_LANES * max(shard.samples for shard in self.shards))
         if self.limit is None:
             return most
         bytes_each = sum(shard.get_raw_size() for shard in self.shards) / self.num_samples
         room = _BLOCK_SHARE * self.limit - 2 * self.largest  # a block begins and ends inside a shard
         least = max(2, max(shard.samples for shard in self.shards) // 2)
-        return min(most, max(least, int(room / bytes_each / 1.25)))  # Streaming's blocks are up to 1.25 times as large
+        return min(most, max(least, int(room / bytes_each)))
 
     def drop_if_damaged(self, number: int) -> bool:
         """Remove a copy that is not what the index says, so that a fresh one is fetched; tells whether it did."""

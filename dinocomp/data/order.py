@@ -1,12 +1,17 @@
 """The endless order of training: which sample stands at which place of the run."""
 
+import logging
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 
+from dinocomp.data.lanes import LaneOrder
 from dinocomp.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _ORDER_STREAM = 103  # keeps this draw apart from those of crops and masks
 
@@ -25,17 +30,6 @@ def uniform_permutation(samples: int, seed: int, passes: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox((seed, _ORDER_STREAM, passes))).permutation(samples)
 
 
-def shard_permutation(shard_sizes: np.ndarray, seed: int, passes: int, block: int) -> np.ndarray:
-    """Shards in random order, samples shuffled inside blocks of about `block`: int64 [samples].
-
-    Only a few shards are needed at a time, so that training can start before everything is downloaded
-    (Streaming's `py1br`).
-    """
-    from streaming.base.shuffle import get_shuffle
-
-    return get_shuffle("py1br", np.asarray(shard_sizes, np.int64), 1, seed, passes, block)
-
-
 class TrainingOrder(DistributedSampler):
     """Yields (position, pass, sample) for one rank until the run's iterations are done.
 
@@ -43,6 +37,11 @@ class TrainingOrder(DistributedSampler):
     p // N, where N is the number of samples. Iteration t takes positions t*B*W .. (t+1)*B*W-1 and rank r of W the r-th
     B of them. So every sample is seen once before any is seen again, nothing is dropped (a batch may hold the end of
     one pass and the beginning of the next), and the order of the run is the same for any number of ranks or workers.
+
+    The permutation is uniform; where shards have to be fetched it is a `LaneOrder`, so that a machine needs few of
+    them at a time, and others than its neighbours. That one is a function of the global batch B*W, too: in the pass in
+    which a run goes on with another one, or with another block, some samples come twice and others not at all. In every
+    other pass each comes once.
 
     It is a `DistributedSampler` because Composer accepts nothing else on several ranks; `set_epoch` has no effect, the
     whole run is one epoch of the loader.
@@ -52,8 +51,8 @@ class TrainingOrder(DistributedSampler):
         samples: N.
         batch_size: B, images of one rank in one iteration.
         iterations: of the whole run.
-        shard_sizes, block: given, passes are shuffled shard by shard, as `shard_permutation` does (for remote data);
-            None, uniformly.
+        shard_sizes, block: given, passes are shuffled shard by shard, as `LaneOrder` does (for remote data); None,
+            uniformly.
     """
 
     def __init__(
@@ -77,6 +76,7 @@ class TrainingOrder(DistributedSampler):
         self.iterations = iterations
         self.shard_sizes = shard_sizes
         self.block = block
+        self._current, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
         """Images of this rank in the whole run, also after resuming: Composer counts a run's batches from its start."""
@@ -85,17 +85,28 @@ class TrainingOrder(DistributedSampler):
     def __iter__(self) -> Iterator[Place]:
         start: Resumable = self.dataset
         global_batch = self.batch_size * self.num_replicas
-        current, order = -1, np.empty(0, np.int64)
+        samples = self._uniform if self.block is None else self._lanes(start, global_batch)
         for step in range(self.iterations - start.iteration):
-            first = start.position + step * global_batch + self.rank * self.batch_size
-            for position in range(first, first + self.batch_size):
-                passes, place = divmod(position, self.samples)
-                if passes != current:
-                    current, order = passes, self.permutation(passes)
-                yield position, passes, int(order[place])
+            position = start.position + step * global_batch + self.rank * self.batch_size
+            stop = position + self.batch_size
+            while position < stop:
+                passes = position // self.samples
+                places = np.arange(position, min(stop, (passes + 1) * self.samples))  # those in this pass
+                yield from zip(places.tolist(), repeat(passes), samples(passes, places).tolist(), strict=False)
+                position += len(places)
 
-    def permutation(self, passes: int) -> np.ndarray:
-        """The order of one pass: int64 [samples]."""
-        if self.shard_sizes is None or self.block is None:
-            return uniform_permutation(self.samples, self.seed, passes)
-        return shard_permutation(self.shard_sizes, self.seed, passes, self.block)
+    def _uniform(self, passes: int, positions: np.ndarray) -> np.ndarray:
+        if self._current != passes:
+            self._current, self._order = passes, uniform_permutation(self.samples, self.seed, passes)
+        return self._order[positions % self.samples]
+
+    def _lanes(self, start: Resumable, global_batch: int) -> LaneOrder:
+        lanes = LaneOrder(
+            self.shard_sizes, self.block, seed=self.seed, global_batch=global_batch, offset=start.position
+        )
+        if start.position != start.iteration * global_batch:
+            log.info(
+                "note: the images of all processes in an iteration were another number before; where images are "
+                "fetched, some come twice and others not at all in the pass in which that changed"
+            )
+        return lanes

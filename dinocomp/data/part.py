@@ -124,6 +124,8 @@ def gunzip(path: str, target: Path) -> str:
 def initialise_worker() -> None:
     """Let ctrl-C be the parent's business, use one thread, and end with the parent even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A fork server that data workers started blocks these; this one may be ended, and so the pool on an error.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     if parent is not None:

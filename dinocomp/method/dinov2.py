@@ -1,9 +1,8 @@
 """DINOv2 as a ComposerModel: student, teacher, and the loss between them (Oquab et al. 2024, section 4)."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from composer.models import ComposerModel
@@ -23,8 +22,8 @@ from dinocomp.method.losses import (
     with_gradient,
 )
 from dinocomp.method.parts import MaskedRows, Part, TeacherRows, look_ahead
+from dinocomp.method.shell import Shell
 from dinocomp.models import DINOHead, Tokens, VisionTransformer
-from dinocomp.models.block import Block
 
 _MEASURED_ROWS = 1024  # of the targets of a batch; their entropies take as much memory again
 
@@ -45,29 +44,6 @@ class LossWeights:
     dino: float
     ibot: float
     koleo: float
-
-
-class Shell(nn.Module):
-    """Calls the network it holds, and has no parameter of its own.
-
-    Sharding makes each child of a ComposerModel a root unit, and a root keeps its gathered weights after a forward
-    without gradient, which would hide the teacher's updates. Inside a shell the network is no root.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.unit: bool | dict[str, Any] = True  # how units are sharded: as all are, or with settings of their own
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.net(*args, **kwargs)
-
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool | dict[str, Any]:
-        """Which modules Composer makes units of sharding: the network, and each transformer block of it."""
-        return self.unit if module is self.net or isinstance(module, Block) else False
-
-    def param_init_fn(self, module: nn.Module) -> None:
-        """How Composer fills modules without memory: not at all, their weights come from rank 0."""
 
 
 class Normalize(nn.Module):
@@ -186,12 +162,16 @@ class DINOv2(ComposerModel):
         makers = {"dino": (self.weights.dino, self.dino_targets), "ibot": (self.weights.ibot, self.ibot_targets)}
         return {name: maker for name, (weight, maker) in makers.items() if weight}
 
-    def begin_step(self, batches: Sequence[Batch]) -> None:
+    def begin_step(self, batches: Sequence[Batch], to_device: Callable[[Batch], Batch] = lambda batch: batch) -> None:
         """Before the forward passes of an optimizer step, which must come in this order. May be called again, for other
-        micro-batches of the same step."""
+        micro-batches of the same step.
+
+        Args:
+            to_device: brings a batch to the model's device, where it must be seen before its forward pass.
+        """
         self.terms = {}
         self.forget_batch()
-        self._parts = deque(look_ahead(self, batches))
+        self._parts = deque(look_ahead(self, batches, to_device))
 
     def global_inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None, MaskedRows | None]:
         """What the networks see of the global crops: pixels [2B, C, G, G], crop-major, masks [2B, N] and their rows."""

@@ -8,7 +8,7 @@ then needs of the others is a `Part`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -75,20 +75,18 @@ class Part:
 
 
 @torch.no_grad()
-def look_ahead(model: DINOv2, batches: Sequence[Batch]) -> list[Part]:
-    """Passes the micro-batches of a step by, and gives what each needs of the others.
-
-    Args:
-        batches: on the model's device.
-    """
+def look_ahead(model: DINOv2, batches: Sequence[Batch], to_device: Callable[[Batch], Batch]) -> list[Part]:
+    """Passes the micro-batches of a step by, and gives what each needs of the others. A single one is not looked at."""
     images = [len(batch["index"]) for batch in batches]
     parts = [Part(share=count / sum(images)) for count in images]
     if len(batches) == 1:
         return parts
     sinkhorn = [name for name, maker in model.targets().items() if maker.looks_ahead]
     koleo = bool(model.weights.koleo)
+    if not (sinkhorn or koleo):
+        return parts
     seen = [
-        _see(model, batch, part, teacher=bool(sinkhorn), student=koleo)
+        _see(model, to_device(batch), part, teacher=bool(sinkhorn), student=koleo)
         for batch, part in zip(batches, parts, strict=True)
     ]
     masked, features = zip(*seen, strict=True)

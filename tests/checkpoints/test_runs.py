@@ -14,6 +14,7 @@ from tests import processes
 from tests.checkpoints.conftest import Bucket
 from tests.checkpoints.proxy import Proxy
 from tests.helpers import metrics, small_folder, weights, words, yaml_of_nothing
+from tests.sharding import shard_on_cpu
 
 
 @pytest.fixture
@@ -50,6 +51,23 @@ def test_a_machine_that_has_nothing_but_the_remote(command: Callable, bucket: Bu
     said = (tmp_path / "other" / "train.log").read_text()
     assert said.count("training: 12 iterations") == 2 and "checkpoint.max_to_keep was 3, is 1 (safe" in said
     assert "copied: " in said
+
+
+def test_shares_are_copied_and_come_back(command: Callable, bucket: Bucket, tmp_path: Path, free_port: int) -> None:
+    """A sharded run, stopped on one machine, goes on with another that has nothing."""
+    sharded = {"train__batch_size_per_gpu": 4, "parallelism__strategy": "fsdp2"}
+    stop = (processes.signal_at_iteration, 6, signal.SIGTERM)
+    ranks = processes.start_ranks(command(tmp_path / "here", **sharded), 2, free_port, shard_on_cpu, *stop)
+    assert [processes.finish(rank) for rank in ranks] == [75, 75]
+    folder = "runs/a/checkpoints/iteration-00000006"
+    expected = {"manifest.json", "teacher.safetensors", ".metadata", "__0_0.distcp", "__1_0.distcp"}
+    assert {name.rpartition("/")[2] for name in bucket.names() if name.startswith(folder)} == expected
+    before = metrics(tmp_path / "here")
+    shutil.rmtree(tmp_path / "here")
+    ranks = processes.start_ranks(command(tmp_path / "other", **sharded), 2, free_port, shard_on_cpu)
+    assert [processes.finish(rank) for rank in ranks] == [0, 0]
+    assert metrics(tmp_path / "other")[:6] == before and len(metrics(tmp_path / "other")) == 12
+    assert find_fault(list_checkpoints(tmp_path / "other" / "checkpoints")[-1]) == ""
 
 
 def test_an_outage_in_the_middle(command: Callable, bucket: Bucket, proxy: Proxy, tmp_path: Path) -> None:

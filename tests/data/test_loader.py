@@ -1,23 +1,28 @@
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data._utils import worker as torch_worker
 
 from dinocomp.data import CropSettings, MaskSettings, batch_masks, multi_crop, open_images, training_loader
 from dinocomp.data.images import decode_rgb
 from dinocomp.data.loader import Batch
-from dinocomp.data.order import TrainingOrder, shard_permutation, uniform_permutation
+from dinocomp.data.order import TrainingOrder, uniform_permutation
 from dinocomp.data.reader import Images, Sample
 from dinocomp.errors import DataError
+
+from .conftest import process
 
 CROPS = CropSettings(global_crops_size=16, local_crops_size=8, local_crops_number=2)
 MASKS = MaskSettings((8, 8))
@@ -98,16 +103,6 @@ def test_permutations() -> None:
     assert abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.1
     for other in (uniform_permutation(1000, 0, 1), uniform_permutation(1000, 1, 0)):
         assert not np.array_equal(first, other)
-
-
-def test_remote_order_visits_shards_one_after_another() -> None:
-    sizes = np.full(50, 20)
-    drawn = shard_permutation(sizes, 0, 1, block=40)
-    assert sorted(drawn) == list(range(1000)) and not np.array_equal(drawn, shard_permutation(sizes, 0, 2, block=40))
-    window = [len(set(drawn[i : i + 100] // 20)) for i in range(0, 1000, 100)]
-    assert max(window) <= 12  # of 50
-    ordered = [sample for *_, sample in order(samples=1000, shard_sizes=sizes, block=40, iterations=250)]
-    assert ordered == list(shard_permutation(sizes, 0, 0, 40))
 
 
 def test_no_images() -> None:
@@ -242,7 +237,19 @@ def test_a_worker_that_hangs_or_dies_is_a_message(images: Images) -> None:
             list(loader(Stubborn([images[0]], act), num_workers=1, timeout_seconds=1))
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+METHODS = pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+
+
+@pytest.fixture
+def fork_server_of_ours() -> Iterator[None]:
+    """A fork server that ran before would give workers its own signal mask, and ours is deaf to signals."""
+    multiprocessing.forkserver._forkserver._stop()
+    yield
+    multiprocessing.forkserver._forkserver._stop()
+
+
+@METHODS
+@pytest.mark.usefixtures("fork_server_of_ours")
 def test_workers_leave_with_their_parent_only(images: Images, method: str) -> None:
     """Signals of others are no news to them; the training process can still end them."""
     slow = loader(images, num_workers=2, iterations=20)
@@ -259,3 +266,94 @@ def test_workers_leave_with_their_parent_only(images: Images, method: str) -> No
         worker.terminate()
         worker.join(10)
         assert worker.exitcode == 0
+
+
+class HeldUp(FewImages):
+    """Images that hold up the start of the workers until there is a file `go`."""
+
+    def __init__(self, marks: Path, samples: list[Sample]) -> None:
+        super().__init__(samples)
+        self.marks = marks
+
+    def __reduce__(self) -> tuple:
+        return held_up, (self.marks, self.samples)
+
+
+def held_up(marks: Path, samples: list[Sample]) -> HeldUp:
+    """What a spawned worker calls to unpickle them; a forked one is made to call it before torch's loop."""
+    (marks / f"started-{os.getpid()}").touch()
+    while not (marks / "go").exists():
+        time.sleep(0.01)
+    return HeldUp(marks, samples)
+
+
+@pytest.fixture
+def early(images: Images, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataLoader:
+    """A loader whose two workers start slowly."""
+    few = HeldUp(tmp_path, [images[0]])
+    if method == "fork":
+        loop = torch_worker._worker_loop
+        monkeypatch.setattr(torch_worker, "_worker_loop", lambda *arguments: (held_up(tmp_path, []), loop(*arguments)))
+    early = loader(few, num_workers=2, iterations=4, timeout_seconds=60)
+    early.multiprocessing_context = method
+    return early
+
+
+def started_workers(marks: Path) -> list[BaseProcess]:
+    """The two workers of `early`, which have begun and are far from their handlers."""
+    begin = time.monotonic()
+    while len(names := list(marks.glob("started-*"))) < 2:
+        assert time.monotonic() - begin < 60
+        time.sleep(0.01)
+    pids = {int(path.name.rpartition("-")[2]) for path in names}
+    found = [child for child in multiprocessing.active_children() if child.pid in pids]
+    assert len(found) == 2
+    return found
+
+
+@METHODS
+@pytest.mark.usefixtures("fork_server_of_ours")
+def test_signals_while_workers_start(early: DataLoader, method: str, tmp_path: Path) -> None:
+    """They, and the fork server, get a job's signals before any handler is there."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    batches = iter(early)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    workers = started_workers(tmp_path)
+    pids = [worker.pid for worker in workers]
+    if method == "forkserver":
+        pids.append(multiprocessing.forkserver._forkserver._forkserver_pid)
+    for number in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{number}", *map(str, pids)], check=True)
+    (tmp_path / "go").touch()
+    assert len([*batches]) == 4 and all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_process_that_ends_while_workers_start(early: DataLoader, method: str, tmp_path: Path) -> None:
+    """A job's SIGTERM hides that of the parent, which does not wait for ever."""
+
+    def work() -> None:
+        batches = iter(early)
+        for worker in started_workers(tmp_path):
+            subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        raise SystemExit(7 if batches else 0)
+
+    with process(work) as parent:
+        parent.join(30)
+        assert parent.exitcode == 7
+
+
+@pytest.mark.parametrize("method", ["spawn"])
+def test_the_mask_is_restored_after_an_error(early: DataLoader, method: str) -> None:
+    early.dataset.images.samples = lambda: None  # cannot be pickled
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            iter(early)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == {signal.SIGINT}
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

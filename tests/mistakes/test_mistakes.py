@@ -138,6 +138,19 @@ ROWS = [
     ("train tiny.yaml recipes=[fp16]", "a CPU cannot train in fp16", "type performance.precision=fp32"),
     ("train tiny.yaml performance.precision=bf16", "bf16 needs a GPU", "performance.precision=fp32"),
     ("train tiny.yaml performance.attention=xformers", "xformers needs", "type performance.attention=sdpa"),
+    (
+        "train tiny.yaml train.microbatch_size=3",
+        "no whole number of micro-batches of 3",
+        "type train.microbatch_size=2",
+    ),
+    ("train tiny.yaml train.microbatch_size=auto", "on GPUs only", "such as train.microbatch_size=8"),
+    ("train tiny.yaml train.microbatch_size=all", "train.microbatch_size = 'all'", "at least 0, or auto"),
+    (
+        "train tiny.yaml train.device=auto train.microbatch_size=auto parallelism.strategy=fsdp2",
+        "with ddp and fsdp only",
+        "type parallelism.strategy=fsdp",
+    ),
+    ("train tiny.yaml parallelism.strategy=fdsp", "parallelism.strategy = 'fdsp'", "Did you mean fsdp?"),
     # Images
     ("train tiny.yaml train.dataset_path=", "train.dataset_path=: it is empty", "a folder of images"),
     ("train tiny.yaml train.dataset_path=nowhere/at/all", "nowhere is the first part that is missing", "a folder of"),

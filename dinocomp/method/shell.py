@@ -1,0 +1,30 @@
+"""What Composer's sharding asks of a network."""
+
+from typing import Any
+
+from torch import nn
+
+from dinocomp.models.block import Block
+
+
+class Shell(nn.Module):
+    """Calls the network it holds, and has no parameter of its own.
+
+    Sharding makes each child of a ComposerModel a root unit, and a root keeps its gathered weights after a forward
+    without gradient, which would hide the teacher's updates. Inside a shell the network is no root.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.unit: bool | dict[str, Any] = True  # how units are sharded: as all are, or with settings of their own
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net(*args, **kwargs)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool | dict[str, Any]:
+        """Which modules Composer makes units of sharding: the network, and each transformer block of it."""
+        return self.unit if module is self.net or isinstance(module, Block) else False
+
+    def param_init_fn(self, module: nn.Module) -> None:
+        """How Composer fills modules without memory: not at all, their weights come from rank 0."""
