@@ -152,11 +152,10 @@ def _step(
         phase("forward", lambda: model.begin_step(parts))
     for part in parts:
         with autocast():
-            model.outputs = phase(
-                "forward", lambda part=part: model(part)
-            )  # in place of the last ones, as Composer does
+            outputs = [phase("forward", lambda part=part: model(part))]
         with autocast():
-            loss = phase("loss", lambda part=part: model.loss(model.outputs, part)["total"])
+            loss = phase("loss", lambda part=part, outputs=outputs: model.loss(outputs[0], part)["total"])
+        outputs.clear()  # as `MicroBatches` does
         phase("backward", (loss / len(parts)).backward)
     _, peaks["optimizer"] = meter.peak_of(optimizer.step)
     model.update_teacher()

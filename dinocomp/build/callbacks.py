@@ -18,8 +18,8 @@ from dinocomp.callbacks import (
     Checkpoints,
     ClipGradients,
     FirstBatchPicture,
-    LookAhead,
     Metrics,
+    MicroBatches,
     OnlineEvaluation,
     RestoreRandomState,
     SkipBadSteps,
@@ -49,7 +49,7 @@ class Callbacks:
     schedules: ApplySchedules
     picture: FirstBatchPicture
     bad_images: BadImages
-    look_ahead: LookAhead
+    micro_batches: MicroBatches
     clip: ClipGradients
     bad_steps: SkipBadSteps
     teacher: UpdateTeacher
@@ -102,7 +102,7 @@ def build_callbacks(
         schedules=ApplySchedules(model, schedules, multipliers),
         picture=FirstBatchPicture(output / "pictures" / "first_batch.png"),
         bad_images=bad_images,
-        look_ahead=LookAhead(model),
+        micro_batches=MicroBatches(model),
         clip=clip,
         bad_steps=bad_steps,
         teacher=UpdateTeacher(model, bad_steps),

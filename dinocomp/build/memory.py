@@ -49,7 +49,7 @@ def plan_memory(config: Config, world_size: int, limit: float | None = None) -> 
         return max_masked_patches(mask_settings(config), images, images // size)
 
     def needed(config: Config) -> tuple[Memory, str]:
-        strategy = derive.strategy(config, world_size, int(limit or _USUAL_GPU), _whole_bytes(parameters))
+        strategy = derive.strategy(config, world_size, int(limit or _USUAL_GPU), derive.whole_bytes(parameters))
         rows, compute = masked(derive.micro_batch(config)), derive.precision(config, on_gpu=True)
         memory = estimate(config, parameters, rows, world_size=world_size, strategy=strategy, compute=compute)
         return memory, strategy
@@ -64,11 +64,6 @@ def plan_memory(config: Config, world_size: int, limit: float | None = None) -> 
     return MemoryPlan(memory, strategy, limit)
 
 
-def _whole_bytes(parameters: dict[str, int]) -> int:
-    """Weights, gradients and averages of the student, and the teacher, in fp32."""
-    return 5 * 4 * sum(parameters.values())
-
-
 def _ways_out(config: Config, strategy: str) -> Iterator[tuple[str, Config]]:
     """(words to type, what they make of the configuration), the ones that cost least time first."""
     batch, now = config.train.batch_size_per_gpu, derive.micro_batch(config)
@@ -76,7 +71,7 @@ def _ways_out(config: Config, strategy: str) -> Iterator[tuple[str, Config]]:
     recipes = {"none": "", "selective": "recipes=[activation_checkpointing]", "full": "recipes=[low_memory]"}
     mode = config.parallelism.activation_checkpointing
     lighter = list(recipes)[list(recipes).index(mode) :]
-    shardings = [None] if strategy in ("single", "fsdp", "fsdp2") else [None, "fsdp2"]
+    shardings = [None] if strategy in ("single", *derive.SHARDED) else [None, "fsdp2"]
     for sharding in shardings:
         for size in [now, *smaller]:
             for other in lighter:

@@ -16,9 +16,6 @@ from dinocomp.distributed import on_rank_0
 from dinocomp.errors import ConfigError
 from dinocomp.method import DINOv2
 
-SHARDED = ("fsdp", "fsdp2")
-_BYTES = 4 * (1 + 1 + 2 + 1)  # a parameter in fp32, its gradient, AdamW's two averages, the teacher's
-
 
 def choose_strategy(config: Config, gpu: bool) -> str:
     """`single`, `ddp`, `fsdp` or `fsdp2`; the same on all ranks.
@@ -37,9 +34,10 @@ def choose_strategy(config: Config, gpu: bool) -> str:
             "train.microbatch_size=auto finds out what fits on a GPU, and this run has none. Type a number of images, "
             "such as train.microbatch_size=8."
         )
-    if wanted in SHARDED and world_size > 1:
+    if wanted in derive.SHARDED and world_size > 1:
         check_sharding(wanted, gpu)
-    return on_rank_0(lambda: derive.strategy(config, world_size, _gpu_bytes() if gpu else None, _whole_bytes(config)))
+    whole = derive.whole_bytes(count_parameters(config))
+    return on_rank_0(lambda: derive.strategy(config, world_size, _gpu_bytes() if gpu else None, whole))
 
 
 def check_sharding(strategy: str, gpu: bool) -> None:
@@ -61,17 +59,13 @@ def _gpu_bytes() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
-def _whole_bytes(config: Config) -> int:
-    return _BYTES * sum(count_parameters(config).values())
-
-
 def parallelism(strategy: str, precision: str) -> ParallelismConfig | None:
     """What Composer is told: units of sharding are transformer blocks, backbones and heads (see `Shell`).
 
     Weights, their averages and the optimizer's are fp32, networks compute in `precision`, gradients are summed in fp32.
     Checkpoints are written in shares, which load for any number of processes.
     """
-    if strategy not in SHARDED:
+    if strategy not in derive.SHARDED:
         return None
     numbers = {"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     if strategy == "fsdp":
@@ -110,7 +104,7 @@ def expected_warnings(sharded: bool) -> Iterator[None]:
 
 def prepare_for_sharding(config: Config, strategy: str, model: DINOv2, device: Device) -> None:
     """What Composer leaves to the model: which units stay gathered, and modules that are not sharded."""
-    if strategy not in SHARDED:
+    if strategy not in derive.SHARDED:
         return
     if not config.parallelism.reshard_after_forward:
         # The teacher's are always freed after use, or it would go on with weights from before its last update.

@@ -15,7 +15,7 @@ from dinocomp.build.data import build_loader, opening, training_images
 from dinocomp.build.loggers import build_loggers
 from dinocomp.build.model import build_model
 from dinocomp.build.optim import build_optimizer
-from dinocomp.build.parallel import SHARDED, expected_warnings, parallelism, prepare_for_sharding
+from dinocomp.build.parallel import expected_warnings, parallelism, prepare_for_sharding
 from dinocomp.build.start import Start, check_enough
 from dinocomp.callbacks.evaluation import LabelledPair
 from dinocomp.checkpoints.plain import only_plain_types
@@ -61,7 +61,7 @@ def build_run(config: Config, start: Start) -> Run:
     )
     # The same weights on every rank; the Trainer then seeds each rank differently for what is drawn while training.
     reproducibility.seed_all(config.train.seed)
-    empty = start.strategy in SHARDED and dist.get_global_rank() != 0  # sharded, rank 0's weights go to all
+    empty = start.strategy in derive.SHARDED and dist.get_global_rank() != 0  # sharded, rank 0's weights go to all
     model = build_model(config, dist.get_world_size(), initial_weights=start.checkpoint is None, empty=empty)
     loader = build_loader(config, images, pin_memory=start.gpu)
     return build_training(config, start, model, loader, LabelledPair(*pair) if pair else None)
@@ -75,7 +75,7 @@ def build_training(
     callbacks = build_callbacks(config, start, model, multipliers, pair)
     device = DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU()
     prepare_for_sharding(config, start.strategy, model, device)
-    shares = start.strategy in SHARDED
+    shares = start.strategy in derive.SHARDED
     with ExitStack() as around:
         load_path = around.enter_context(state_to_load(start.checkpoint, shares=shares))
         if load_path and not shares:  # torch's own loader of shares is strict

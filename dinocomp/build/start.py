@@ -10,7 +10,7 @@ from composer.utils import dist
 
 from dinocomp.build.machine import check_attention, check_loggers, on_gpu
 from dinocomp.build.model import backbone_arguments, build_networks
-from dinocomp.build.parallel import SHARDED, choose_strategy
+from dinocomp.build.parallel import choose_strategy
 from dinocomp.checkpoints.find import find_checkpoint
 from dinocomp.checkpoints.folder import TEACHER, has_state
 from dinocomp.checkpoints.manifest import iteration_of, world_size_of
@@ -103,7 +103,7 @@ def check_start(config: Config) -> Start:
                 f"{checkpoint} holds other networks: {'; '.join(networks)}. "
                 f"Give another train.output_dir, or the settings of {output / CONFIG}."
             )
-    if config.parallelism.strategy in SHARDED and strategy == "single":
+    if config.parallelism.strategy in derive.SHARDED and strategy == "single":
         notes.append(f"parallelism.strategy={config.parallelism.strategy}: one process holds whole networks")
     if checkpoint and (before := world_size_of(checkpoint)) != (now := dist.get_world_size()):
         notes.append(

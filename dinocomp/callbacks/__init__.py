@@ -6,7 +6,7 @@ from dinocomp.callbacks.checkpoints import Checkpoints
 from dinocomp.callbacks.clip import ClipGradients
 from dinocomp.callbacks.evaluation import OnlineEvaluation
 from dinocomp.callbacks.metrics import Metrics
-from dinocomp.callbacks.micro_batches import LookAhead
+from dinocomp.callbacks.micro_batches import MicroBatches
 from dinocomp.callbacks.pictures import FirstBatchPicture
 from dinocomp.callbacks.random_state import RestoreRandomState
 from dinocomp.callbacks.schedules import ApplySchedules
@@ -19,8 +19,8 @@ __all__ = [
     "Checkpoints",
     "ClipGradients",
     "FirstBatchPicture",
-    "LookAhead",
     "Metrics",
+    "MicroBatches",
     "OnlineEvaluation",
     "RestoreRandomState",
     "SkipBadSteps",

@@ -1,4 +1,4 @@
-"""Before the forward passes of a step: what its micro-batches have to know of each other."""
+"""Around the forward passes of a step: what micro-batches have to know of each other, and what is done with."""
 
 from composer import Callback, Logger, State
 from composer.core import get_precision_context
@@ -7,10 +7,10 @@ from dinocomp.data import split_batch
 from dinocomp.method import DINOv2
 
 
-class LookAhead(Callback):
+class MicroBatches(Callback):
     """Shows the whole batch to the model before its micro-batches are trained on, one after the other.
 
-    Composer fires this event again where it starts a batch anew because its micro-batches did not fit in memory.
+    Composer fires the first event again where it starts a batch anew because its micro-batches did not fit in memory.
     """
 
     def __init__(self, model: DINOv2) -> None:
@@ -20,3 +20,6 @@ class LookAhead(Callback):
         parts = split_batch(state.batch, state.device_train_microbatch_size)
         with get_precision_context(state.precision, state.precision_config):
             self.model.begin_step(parts, state.device.batch_to_device)
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        state.outputs = None  # Composer keeps logits and targets until the next forward pass has made its own

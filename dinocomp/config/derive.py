@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +161,18 @@ def precision(config: Config, on_gpu: bool) -> str:
         return wanted
     asked = config.compute_precision.student.backbone.mixed_precision.param_dtype
     return "fp32" if asked == "fp32" or not on_gpu else "bf16"
+
+
+SHARDED = ("fsdp", "fsdp2")
+
+
+def whole_bytes(parameters: Mapping[str, int]) -> int:
+    """Weights, gradients and AdamW's two averages of the student, and the teacher, in fp32.
+
+    Args:
+        parameters: of the student by network.
+    """
+    return 4 * (1 + 1 + 2 + 1) * sum(parameters.values())
 
 
 def strategy(config: Config, world_size: int, gpu_bytes: int | None, whole_bytes: int) -> str:

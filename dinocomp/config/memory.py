@@ -64,22 +64,21 @@ def _moments(step: Step) -> Iterator[Memory]:
     earlier = of_all if step.passes > 1 else 0  # gradients of the micro-batches before
     base = Memory(weights=2 * of_all, optimizer=2 * of_all, gradients=buckets + earlier, images=sizes.images(step))
     unit, cast = sizes.gathered(step), sizes.cast_weights(step)
-    logits, saved = sizes.outputs(step), sizes.saved_by_heads(step)
+    targets, saved = sizes.targets(step), sizes.saved_by_heads(step)
     blocks, rest = [sizes.kept_of_block(step, i) for i in range(step.depth)], sizes.final_norm(step)
     kept = sum(blocks) + rest
 
-    # Composer holds the last pass's outputs until the next has made its own.
-    yield replace(base, copies=unit, activations=sizes.teacher(step), heads=logits)
-    yield replace(base, copies=unit, activations=sizes.teacher_tokens(step), heads=logits + sizes.making_targets(step))
-    yield replace(base, copies=unit + cast, activations=kept + sizes.tokens(step), heads=2 * logits + saved)
+    yield replace(base, copies=unit, activations=sizes.teacher(step))
+    yield replace(base, copies=unit, activations=sizes.teacher_tokens(step), heads=sizes.making_targets(step))
+    forward = targets + sizes.logits(step) + saved
+    yield replace(base, copies=unit + cast, activations=kept + sizes.tokens(step), heads=forward)
     backward = replace(base, copies=unit + sizes.kept_casts(step))
-    yield replace(backward, activations=kept, heads=logits + saved + sizes.loss(step))
+    yield replace(backward, activations=kept, heads=targets + saved + sizes.loss(step))
     for i in reversed(range(step.depth)):  # block by block activations go and gradients come
         done = 1 - step.backbone * (i + 1) / step.depth / step.numbers
         yield replace(
             backward,
             gradients=buckets + max(earlier, done * of_all),
             activations=sum(blocks[: i + 1]) + sizes.backward_of_block(step, i),
-            heads=logits,
         )
-    yield replace(base, gradients=buckets + of_all, copies=sizes.optimizer_scratch(step) / shares, heads=logits)
+    yield replace(base, gradients=buckets + of_all, copies=sizes.optimizer_scratch(step) / shares)

@@ -7,10 +7,9 @@ tensor of the compute type takes `c` bytes a number, one of the residual stream 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dinocomp.config.derive import HeadSize, architecture, global_patches, head_sizes, micro_batch
+from dinocomp.config.derive import SHARDED, HeadSize, architecture, global_patches, head_sizes, micro_batch
 from dinocomp.config.schema import Config
 
-SHARDED = ("fsdp", "fsdp2")
 FP32 = 4
 
 
@@ -218,11 +217,16 @@ def losses(step: Step) -> tuple[int, int, int, int, int]:
     return (*step.class_rows, dino.prototypes if dino else 0, step.masked, ibot.prototypes if ibot else 0)
 
 
-def outputs(step: Step) -> float:
-    """Logits of the student and fp32 targets, which live as long as a pass."""
+def logits(step: Step) -> float:
+    """Of the student."""
     views, local, k_dino, masked, k_ibot = losses(step)
-    logits = step.c * ((views + local) * k_dino + masked * k_ibot)
-    return logits + FP32 * (views * k_dino + masked * k_ibot)
+    return step.c * ((views + local) * k_dino + masked * k_ibot)
+
+
+def targets(step: Step) -> float:
+    """Of all rows that the teacher has a say in, fp32."""
+    views, _, k_dino, masked, k_ibot = losses(step)
+    return FP32 * (views * k_dino + masked * k_ibot)
 
 
 def saved_by_heads(step: Step) -> float:
