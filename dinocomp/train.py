@@ -145,12 +145,11 @@ def _train(run: "Run") -> int:
     except DataError as error:  # the command was right
         raise TrainingError(str(error)) from error
     except (torch.OutOfMemoryError, MemoryError) as error:
-        images = run.config.train.batch_size_per_gpu
-        raise TrainingError(
-            f"out of memory with {images} images on each process: type train.batch_size_per_gpu={max(1, images // 2)} "
-            "(the learning rate follows the batch), fewer or smaller crops, recipes=[bf16] on a GPU, fewer "
-            f"train.num_workers where it is the machine's own memory; then give the same command again ({error})"
-        ) from error
+        raise TrainingError(_out_of_memory(run, error)) from error
+    except RuntimeError as error:
+        if "microbatch size of 1" not in str(error) and "microbatch of size 1" not in str(error):
+            raise
+        raise TrainingError(_out_of_memory(run, error)) from error  # the end of Composer's search
     finally:
         if missing is None and run.callbacks.checkpoints.copies:  # an error; perhaps on this rank alone
             for line in run.callbacks.checkpoints.copies.finish(_GRACE):
@@ -171,6 +170,19 @@ def _train(run: "Run") -> int:
     for line in summary(run):
         log.info("%s", line)
     return 0
+
+
+def _out_of_memory(run: "Run", error: BaseException) -> str:
+    from dinocomp.config.derive import micro_batch
+
+    batch, images = run.config.train.batch_size_per_gpu, micro_batch(run.config)
+    smaller = max((size for size in range(1, images // 2 + 1) if batch % size == 0), default=1)
+    return (
+        f"out of memory with {images} images at a time on each process: type train.microbatch_size={smaller} (the "
+        "mathematics stay those of the batch), recipes=[activation_checkpointing] or recipes=[low_memory], "
+        "parallelism.strategy=fsdp2 on several GPUs, recipes=[bf16] on a GPU, or fewer train.num_workers where it is "
+        f"the machine's own memory; then give the same command again ({error})"
+    )
 
 
 def _finish_copies(run: "Run") -> list[str]:

@@ -106,7 +106,7 @@ def test_micro_batches_are_one_batch(alone: tuple, size: int, tmp_path: Path) ->
     assert main([yaml_of_nothing(tmp_path), *words_]) == 0
     ours, theirs = metrics(tmp_path / "run"), metrics(reference)
     for a, b in zip(ours, theirs, strict=True):
-        for name in (name for name in a if name.startswith(("loss/", "grad_norm/"))):
+        for name in (name for name in a if name.startswith(("loss/", "grad_norm/", "teacher/"))):
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a["iteration"], name)
 
 
@@ -123,7 +123,7 @@ def test_micro_batches_on_ranks(alone: tuple, strategy: str, recompute: str, tmp
     changes |= {"parallelism__reshard_after_forward": "false"}
     output = run(tmp_path, "run", strategy, 2, free_port, changes)
     for a, b in zip(metrics(output), metrics(reference), strict=True):
-        for name in (name for name in a if name.startswith(("loss/", "grad_norm/"))):
+        for name in (name for name in a if name.startswith(("loss/", "grad_norm/", "teacher/"))):
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a["iteration"], name)
 
 

@@ -34,10 +34,32 @@ def choose_strategy(config: Config, gpu: bool) -> str:
             "train.microbatch_size=auto finds out what fits on a GPU, and this run has none. Type a number of images, "
             "such as train.microbatch_size=8."
         )
+    if config.train.microbatch_size == "auto" and world_size > 1:
+        _check_search(config)
     if wanted in derive.SHARDED and world_size > 1:
         check_sharding(wanted, gpu)
     whole = derive.whole_bytes(count_parameters(config))
     return on_rank_0(lambda: derive.strategy(config, world_size, _gpu_bytes() if gpu else None, whole))
+
+
+def _check_search(config: Config) -> None:
+    """Refuses losses that ask other ranks in the middle of a pass: there, Composer has a rank whose memory is full ask
+    whether the others go on, and one would take the other's question for its own.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    asking = {
+        "train.centering=sinkhorn_knopp": config.train.centering == "sinkhorn_knopp",
+        "dino.koleo_distributed=true": config.dino.koleo_distributed,
+    }
+    for words, on in asking.items():
+        if on:
+            raise ConfigError(
+                f"train.microbatch_size=auto cannot search on several processes with {words}, for which they exchange "
+                "numbers in every pass. Type a number of images, such as train.microbatch_size=8 (`dinocomp plan "
+                "--gpu-memory GB` names one that fits)."
+            )
 
 
 def check_sharding(strategy: str, gpu: bool) -> None:
@@ -113,3 +135,5 @@ def prepare_for_sharding(config: Config, strategy: str, model: DINOv2, device: D
             shell.unit = kept[strategy]
     for module in model.unsharded():
         device.module_to_device(module)
+        for buffer in module.buffers():  # rank 0's, which has read the weights to start from
+            dist.broadcast(buffer, src=0)

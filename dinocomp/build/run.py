@@ -78,7 +78,7 @@ def build_training(
     shares = start.strategy in derive.SHARDED
     with ExitStack() as around:
         load_path = around.enter_context(state_to_load(start.checkpoint, shares=shares))
-        if load_path and not shares:  # torch's own loader of shares is strict
+        if load_path:
             check_names(load_path, model.state_dict())
         around.enter_context(only_plain_types())
         around.enter_context(expected_warnings(shares))

@@ -23,7 +23,7 @@ class SkipBadSteps(Callback):
     """Drops the gradients of a bad step on all ranks together, so that the optimizer moves nothing.
 
     The step is bad where the loss of any rank or the gradient norm of any network is not finite. Runs behind
-    `ClipGradients`, which measures the norms.
+    `ClipGradients`, which measures the norms. Also keeps fp16's gradient scale in checkpoints.
 
     Args:
         max_in_a_row: raise after so many; 0 never does.
@@ -42,12 +42,32 @@ class SkipBadSteps(Callback):
         self.lr = lr
         self.bad = False
         self.count = self.in_a_row = 0
+        self._scaler: Any = None
+        self._scale, self._growth = 0.0, 0  # of fp16's gradient scaler, as they were saved; 0 for none
+
+    def init(self, state: State, logger: Logger) -> None:
+        # Composer saves the scaler under the name of its class, which differs with strategy and precision: a sharded
+        # state saved with one is refused by another. It is kept here instead, always under the same names.
+        state.serialized_attributes = [name for name in state.serialized_attributes if name != "scaler"]
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._scaler = state.scaler
+        numbers = state.scaler.state_dict() if state.scaler else {}  # nothing, where it is off
+        if numbers and self._scale:
+            state.scaler.load_state_dict({**numbers, "scale": self._scale, "_growth_tracker": self._growth})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "in_a_row": self.in_a_row}
+        numbers = self._scaler.state_dict() if self._scaler else {}
+        return {
+            "count": self.count,
+            "in_a_row": self.in_a_row,
+            "scale": float(numbers.get("scale", self._scale)),
+            "growth_tracker": int(numbers.get("_growth_tracker", self._growth)),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count, self.in_a_row = int(state["count"]), int(state["in_a_row"])
+        self._scale, self._growth = float(state.get("scale", 0.0)), int(state.get("growth_tracker", 0))
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         terms, norms = self.model.terms, self.clip.norms

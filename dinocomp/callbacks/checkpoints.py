@@ -27,6 +27,7 @@ from dinocomp.checkpoints.folder import (
     sweep,
 )
 from dinocomp.checkpoints.manifest import iteration_of
+from dinocomp.checkpoints.shapes import what_failed
 from dinocomp.checkpoints.uploads import Uploads
 from dinocomp.distributed import on_rank_0
 from dinocomp.errors import TrainingError
@@ -128,7 +129,10 @@ class Checkpoints(Callback):
         write_teacher = self.export_teacher()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own use of it, for shares
-            failure = _failure(lambda: save_checkpoint(state, str(partial / STATE)))
+            # Where each rank writes its share, an error that torch has not told all ranks of must end this one: the
+            # others wait for it.
+            expected = CheckpointException if state.fsdp_sharded_state_dict_enabled else _UNWRITTEN
+            failure = _failure(lambda: save_checkpoint(state, str(partial / STATE)), expected)
         if failure:
             # The other ranks wait in the barrier at the end of save_checkpoint: they write nothing, or, where each
             # writes its share, have all failed like this one.
@@ -161,11 +165,16 @@ class Checkpoints(Callback):
             log.warning("%s is whole, but what follows it failed (%s); it is tried again with the next", newest, error)
 
 
-def _failure(action: Callable[[], object]) -> str:
+_UNWRITTEN = (OSError, RuntimeError, SafetensorError)
+
+
+def _failure(action: Callable[[], object], expected: type | tuple[type, ...] = _UNWRITTEN) -> str:
     """Why `action`, which writes files, fails; "" if it does not."""
     try:
         action()
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+    except expected as error:
+        if isinstance(error, CheckpointException):
+            return what_failed(error)
         # torch goes on after a full disk, and trips over what it could not write.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         return f"{type(cause).__name__}: {cause}"

@@ -141,7 +141,7 @@ class Metrics(Callback):
     def _record(self, state: State, finished: int) -> dict[str, float]:
         on_device = {f"loss/{name}": term for name, term in self.model.terms.items()}
         on_device |= {f"grad_norm/{name}": norm for name, norm in self.clip.norms.items()}
-        on_device |= {f"teacher/{name}": value for name, value in self.model.gauges.items()}
+        on_device |= {f"teacher/{name}": value for name, value in self.model.gauges().items()}
         values = torch.stack([value.float().reshape(()) for value in on_device.values()])
         dist.all_reduce(values)
         numbers = dict(zip(on_device, (values / dist.get_world_size()).tolist(), strict=True))

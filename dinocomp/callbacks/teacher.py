@@ -21,3 +21,5 @@ class UpdateTeacher(Callback):
             self.model.forget_batch()
         else:
             self.model.update_teacher()
+        for shell in self.model.shells("teacher").values():
+            shell.forget_forwards()

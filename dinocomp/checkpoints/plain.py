@@ -116,7 +116,8 @@ def check_shares(metadata: Path) -> None:
         entries = content.state_dict_metadata
         algorithms = {"state.algorithms": None}
         # Lists of plain values are one entry; one with tensors would be an entry for each of its items.
-        if any(name.startswith("state.algorithms.") for name in entries) or "state.algorithms" not in entries:
+        nested = {name.rpartition(".")[0] for name in entries}
+        if nested & entries.keys() or "state.algorithms" in nested or "state.algorithms" not in entries:
             raise ValueError("it lists other things than a run of dinocomp")
         with only_plain_types(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is read by one process

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 from dinocomp.checkpoints.folder import SHARES, STATE
-from dinocomp.checkpoints.plain import check_shares, load_plain, only_plain_types
+from dinocomp.checkpoints.plain import check_shares, check_state, load_plain, only_plain_types
 from dinocomp.distributed import on_rank_0
-from dinocomp.errors import ConfigError, WeightsError
+from dinocomp.errors import ConfigError, DinocompError, WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,9 @@ def state_to_load(checkpoint: Path | None, *, shares: bool) -> Iterator[str | No
     if checkpoint is None:
         yield None
         return
+    saved_in_shares = on_rank_0(lambda: (checkpoint / SHARES).is_file())  # shared storage may tell ranks at other times
     try:
-        if shares == (checkpoint / SHARES).is_file():
+        if shares == saved_in_shares:
             yield str(checkpoint if shares else checkpoint / STATE)
         else:
             with _rewritten(checkpoint, shares) as path:
@@ -51,9 +52,20 @@ def state_to_load(checkpoint: Path | None, *, shares: bool) -> Iterator[str | No
         raise _refused(checkpoint, error) from error
 
 
+def what_failed(error: CheckpointException) -> str:
+    """What the ranks have met, without their tracebacks."""
+    failures = [failure for failure, _ in error.failures.values()]
+    return "; ".join(sorted({(str(failure) or type(failure).__name__).splitlines()[0] for failure in failures}))
+
+
 def _refused(checkpoint: Path, error: CheckpointException) -> WeightsError:
-    reasons = {str(failure).splitlines()[0] for failure, _ in error.failures.values()}  # what each rank has met
-    return WeightsError(f"{checkpoint} is damaged or holds code, and is not loaded ({'; '.join(reasons)})")
+    reason = what_failed(error)
+    if "Missing key" in reason:
+        return WeightsError(
+            f"{checkpoint} was saved by another kind of run, and lacks what this one saves ({reason}). Go on with the "
+            "device and precision that it was saved with, or start from its weights (MODEL.WEIGHTS)."
+        )
+    return WeightsError(f"{checkpoint} is damaged or holds code, and is not loaded ({reason})")
 
 
 @contextmanager
@@ -72,16 +84,20 @@ def _rewritten(checkpoint: Path, shares: bool) -> Iterator[str]:
                     torch_save_to_dcp(checkpoint / STATE, made)
                     return str(made)
                 dcp_to_torch_save(checkpoint, made / STATE)
-                return str(made / STATE)
-        except CheckpointException as error:
+            check_state(made / STATE)  # what lay in shares was not seen as a whole before
+            return str(made / STATE)
+        except (OSError, RuntimeError, CheckpointException, DinocompError) as error:
             shutil.rmtree(made, ignore_errors=True)
-            raise _refused(checkpoint, error) from error
-        except (OSError, RuntimeError) as error:
-            shutil.rmtree(made, ignore_errors=True)
+            if isinstance(error, DinocompError):
+                raise
+            if isinstance(error, CheckpointException) and not shares:  # met in reading
+                raise _refused(checkpoint, error) from error
+            kind = "whole" if shares else "sharded"
+            reason = what_failed(error) if isinstance(error, CheckpointException) else error
             raise ConfigError(
-                f"{checkpoint} was saved with {'whole' if shares else 'sharded'} networks, and cannot be rewritten for "
-                f"this run: {error}. Make room beside it (as much as it takes itself), or start with the strategy that "
-                "it was saved with (parallelism.strategy)."
+                f"{checkpoint} was saved with {kind} networks, and cannot be rewritten for this run: {reason}. Make "
+                "room beside it (as much as it takes itself), or start with the strategy that it was saved with "
+                "(parallelism.strategy)."
             ) from error
 
     path = on_rank_0(make)
@@ -105,19 +121,27 @@ def read_shares(checkpoint: Path) -> dict[str, Tensor]:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(_MODEL) and hasattr(entry, "size")
     }
-    with only_plain_types():
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    try:
+        with only_plain_types():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        raise _refused(checkpoint, error) from error
     return {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()}
 
 
 def check_names(state: str, names: Collection[str]) -> None:
-    """That the model's tensors in a file that Composer is to load are `names`: Composer takes what fits and drops the
-    rest.
+    """That the model's tensors in a state that Composer is to load, a file or a folder of shares, are `names`: Composer
+    takes what fits and drops the rest.
 
     Raises:
         WeightsError: naming the first that are missing or unknown.
     """
-    saved = load_plain(Path(state), mmap=True)["state"]["model"].keys()
+    path = Path(state)
+    if path.is_dir():
+        listed = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+        saved = {name.removeprefix(_MODEL) for name in listed if name.startswith(_MODEL)}
+    else:
+        saved = load_plain(path, mmap=True)["state"]["model"].keys()
     odd = [f"missing: {name}" for name in sorted({*names} - saved)]
     odd += [f"not in the networks: {name}" for name in sorted(saved - {*names})]
     if odd:

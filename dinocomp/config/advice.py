@@ -7,6 +7,7 @@ from dinocomp.config.derive import (
     checkpoint_interval,
     head_sizes,
     images_per_iteration,
+    micro_batch,
     passes,
     peak_learning_rate,
     precision,
@@ -59,6 +60,13 @@ def _batch(config: Config, world_size: int) -> Iterator[Advice]:
         yield Advice(
             "one image on each process: KoLeo has no second image to keep it away from",
             "type train.batch_size_per_gpu=2 or more, or recipes=[no_koleo]",
+        )
+    rate, crops = config.student.drop_path_rate, 2 * micro_batch(config)
+    kept = max(int(crops * (1 - rate)), 1) / crops
+    if rate and abs(kept - (1 - rate)) > 0.1:
+        yield Advice(
+            f"drop path of {rate:g} is {1 - kept:.2g} of {crops} global crops, which is all that is computed at a time",
+            "raise train.microbatch_size (or train.batch_size_per_gpu), or lower student.drop_path_rate",
         )
     if config.ibot.loss_weight > 0 and int(2 * images * config.ibot.mask_sample_probability) < 1:
         yield Advice(

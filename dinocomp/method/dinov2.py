@@ -9,9 +9,9 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 
 from dinocomp.data import Batch
-from dinocomp.distributed import whole_weights
+from dinocomp.distributed import all_reduce, whole_weights
 from dinocomp.method.ema import ema_update
-from dinocomp.method.gauges import feature_std, target_gauges
+from dinocomp.method.gauges import feature_std, feature_sums, target_gauges, target_sums
 from dinocomp.method.losses import (
     Centering,
     SinkhornKnopp,
@@ -92,9 +92,7 @@ class DINOv2(ComposerModel):
         teacher_temp, momentum: of the present iteration; a callback sets them, until then they are None.
         terms: the weighted loss terms of the last batch on this rank, of all its micro-batches, detached; their sum is
             the total.
-        measuring: whether a forward pass also takes the gauges.
-        gauges: of the teacher, of the last batch that was measured, over all ranks: `feature_std`, and `entropy_H`,
-            `prototypes_H` and `center_norm_H` of each loss H ("dino", "ibot") that is on; see `method/gauges.py`.
+        measuring: whether forward passes also collect what `gauges` needs.
     """
 
     def __init__(
@@ -120,7 +118,7 @@ class DINOv2(ComposerModel):
         self.momentum: float | None = None
         self.terms: dict[str, Tensor] = {}
         self.measuring = False
-        self.gauges: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # of the rows of this rank that were measured in the step, for `gauges`
         self._parts: deque[Part] = deque()  # of the micro-batches to come
 
         self.normalize = Normalize(mean, std)
@@ -169,7 +167,7 @@ class DINOv2(ComposerModel):
         Args:
             to_device: brings a batch to the model's device, where it must be seen before its forward pass.
         """
-        self.terms = {}
+        self.terms, self._sums = {}, {}
         self.forget_batch()
         self._parts = deque(look_ahead(self, batches, to_device))
 
@@ -186,19 +184,19 @@ class DINOv2(ComposerModel):
         tokens: Tokens = self.teacher_backbone(crops)
         return TeacherRows(tokens.cls, _masked_patches(tokens, masked))
 
-    def teacher_logits(self, loss: str, rows: TeacherRows) -> Tensor:
-        """Of one loss: [2B, K] for "dino", [R, K'] for "ibot"."""
+    def teacher_logits(self, rows: TeacherRows) -> dict[str, Tensor]:
+        """By loss: [2B, K] for "dino", [R, K'] for "ibot"; of those whose rows are given and that are on."""
         # Views are swapped: row j of the targets is the other view of the student's row j.
-        cls_rows = torch.cat(rows.cls.chunk(2)[::-1]) if loss == "dino" else None
-        cls_logits, patch_logits = self._project("teacher", cls_rows, rows.patches if loss == "ibot" else None)
-        return cls_logits if loss == "dino" else patch_logits
+        use_cls = self.weights.dino and rows.cls is not None
+        cls_rows = torch.cat(rows.cls.chunk(2)[::-1]) if use_cls else None  # [2B, D]
+        logits = self._project("teacher", cls_rows, rows.patches)
+        return {name: found for name, found in zip(("dino", "ibot"), logits, strict=True) if found is not None}
 
     def forward(self, batch: Batch) -> Outputs:
         part = self._parts.popleft() if self._parts else Part()
         crops, masks, masked = self.global_inputs(batch)
         with torch.no_grad():
-            rows = part.teacher or self.ask_teacher(crops, masked)
-            dino_targets, ibot_targets = self._targets(rows, masked, part.columns or {})
+            targets = self._targets(part, part.teacher or self.ask_teacher(crops, masked), masked)
 
         student_crops, student_masks, kept = [crops], [masks], [part.kept]
         num_local = batch["local_crops"].shape[1] if self.weights.dino else 0
@@ -214,50 +212,51 @@ class DINOv2(ComposerModel):
         by_crop = None if cls_logits is None else cls_logits.unflatten(0, (2 + num_local, -1))  # [2 + L, B, K]
         return Outputs(
             cls=tokens[0].cls.unflatten(0, (2, -1)),
-            dino_targets=dino_targets,
+            dino_targets=targets["dino"].unflatten(0, (2, -1)) if "dino" in targets else None,
             global_logits=None if by_crop is None else by_crop[:2],
             local_logits=by_crop[2:] if num_local else None,
-            ibot_targets=ibot_targets,
+            ibot_targets=targets.get("ibot"),
             ibot_logits=patch_logits,
             masked=masked,
             part=part,
         )
 
-    def _targets(
-        self, rows: TeacherRows, masked: MaskedRows | None, columns: Mapping[str, Tensor]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What the teacher said of the global crops -> targets [2, B, K] and [R, K']."""
-        # Views are swapped: row j of the targets is the other view of the student's row j.
-        cls_rows = torch.cat(rows.cls.chunk(2)[::-1]) if self.weights.dino else None  # [2B, D]
-        cls_logits, patch_logits = self._project("teacher", cls_rows, rows.patches)
-        dino_targets = ibot_targets = None
-        if cls_logits is not None:
-            known = {"columns": columns["dino"]} if "dino" in columns else {}
-            dino_targets = self.dino_targets(cls_logits, self.teacher_temp, **known).unflatten(0, (2, -1))
-        if patch_logits is not None:
-            known = {"columns": columns["ibot"]} if "ibot" in columns else {}
-            ibot_targets = self.ibot_targets(patch_logits, self.teacher_temp, masked.valid, **known)
+    def _targets(self, part: Part, rows: TeacherRows, masked: MaskedRows | None) -> dict[str, Tensor]:
+        """What the teacher said of the global crops -> targets by loss: [2B, K] for "dino", [R, K'] for "ibot"."""
+        valid = {"dino": None, "ibot": masked and masked.valid}
+        targets = {
+            name: self.targets()[name](logits, self.teacher_temp, valid[name], part.columns.get(name))
+            for name, logits in self.teacher_logits(rows).items()
+        }
         if self.measuring:
-            self._measure(rows.cls, dino_targets, ibot_targets, masked)
-        return dino_targets, ibot_targets
+            measured = slice(0, _MEASURED_ROWS)
+            sums = {"features": feature_sums(rows.cls)}
+            for name, of_loss in targets.items():
+                known = None if valid[name] is None else valid[name][measured]
+                sums[name] = target_sums(of_loss[measured], known)
+            before = {} if part.share == 1 else self._sums
+            self._sums = {name: before.get(name, 0) + found for name, found in sums.items()}
+        return targets
 
-    def _measure(
-        self, cls: Tensor, dino_targets: Tensor | None, ibot_targets: Tensor | None, masked: MaskedRows | None
-    ) -> None:
-        self.gauges = {"feature_std": feature_std(cls)}
-        if dino_targets is not None:
-            self._measure_targets("dino", self.dino_targets, dino_targets.flatten(0, 1))
-        if ibot_targets is not None:
-            self._measure_targets("ibot", self.ibot_targets, ibot_targets, masked.valid)
+    def gauges(self) -> dict[str, Tensor]:
+        """The teacher's gauges in the step that was measured, over all micro-batches and ranks; all ranks must ask.
 
-    def _measure_targets(
-        self, loss: str, maker: Centering | SinkhornKnopp, targets: Tensor, valid: Tensor | None = None
-    ) -> None:
-        rows = slice(0, _MEASURED_ROWS)
-        found = target_gauges(targets[rows], None if valid is None else valid[rows])
-        if isinstance(maker, Centering):
-            found["center_norm"] = maker.center.norm()
-        self.gauges |= {f"{name}_{loss}": value for name, value in found.items()}
+        Returns:
+            `feature_std`, and `entropy_H`, `prototypes_H` and, with centring, `center_norm_H` of each loss H ("dino",
+            "ibot") that is on; see `method/gauges.py`. Nothing where nothing was measured.
+        """
+        if not self._sums:
+            return {}
+        sizes = [len(sums) for sums in self._sums.values()]
+        of_all = all_reduce(torch.cat([*self._sums.values()])).split(sizes)
+        sums, self._sums = dict(zip(self._sums, of_all, strict=True)), {}
+        found = {"feature_std": feature_std(sums.pop("features"))}
+        for loss, of_loss in sums.items():
+            found |= {f"{name}_{loss}": value for name, value in target_gauges(of_loss).items()}
+            maker = self.targets()[loss]
+            if isinstance(maker, Centering):
+                found[f"center_norm_{loss}"] = maker.center.norm()
+        return found
 
     def _project(
         self, role: str, cls_rows: Tensor | None, patch_rows: Tensor | None

@@ -1,4 +1,4 @@
-"""What collapse looks like in numbers: of the teacher, over the batch of all ranks."""
+"""What collapse looks like in numbers, of the teacher: sums of rows first, to be added up over parts and ranks."""
 
 import math
 from collections.abc import Mapping
@@ -6,39 +6,51 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dinocomp.distributed import all_reduce
-
 
 @torch.no_grad()
-def target_gauges(targets: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+def target_sums(targets: Tensor, valid: Tensor | None = None) -> Tensor:
+    """What `target_gauges` needs of some rows: float64 [K + 2].
+
+    Args:
+        targets: [rows, K].
+        valid: [rows], False for padding; None where there is none.
+    """
+    weight = targets.new_ones(len(targets)) if valid is None else valid.to(targets.dtype)  # [rows]
+    entropy = torch.special.entr(targets).sum(dim=1)  # [rows]
+    return torch.cat([weight @ targets, (weight @ entropy)[None], weight.sum()[None]]).double()
+
+
+def target_gauges(sums: Tensor) -> dict[str, Tensor]:
     """How the teacher's targets use the prototypes.
 
     Args:
-        targets: [rows, K], of this rank.
-        valid: [rows], False for padding; None where there is none.
+        sums: [K + 2], of `target_sums`.
 
     Returns:
         `entropy`: mean over rows of -sum_k p_k log p_k, in nats; 0 for one-hot targets, log K for uniform ones.
         `prototypes`: exp of the entropy of the mean target; K where all prototypes are used alike, 1 for a single one.
     """
-    weight = targets.new_ones(len(targets)) if valid is None else valid.to(targets.dtype)  # [rows]
-    entropy = torch.special.entr(targets).sum(dim=1)  # [rows]
-    sums = torch.cat([weight @ targets, (weight @ entropy)[None], weight.sum()[None]])  # [K + 2]
-    sums = all_reduce(sums) / sums[-1].clamp_min(1)
-    return {"entropy": sums[-2], "prototypes": torch.special.entr(sums[:-2]).sum().exp()}
+    means = sums / sums[-1].clamp_min(1)
+    return {"entropy": means[-2], "prototypes": torch.special.entr(means[:-2]).sum().exp()}
 
 
 @torch.no_grad()
-def feature_std(features: Tensor) -> Tensor:
-    """Standard deviation of L2-normalised features [rows, D], over the rows of all ranks, times sqrt(D).
+def feature_sums(features: Tensor) -> Tensor:
+    """What `feature_std` needs of some rows [rows, D]: float64 [2 D + 1]."""
+    features = torch.nn.functional.normalize(features.double(), dim=1)  # [rows, D]
+    return torch.cat([features.sum(dim=0), features.square().sum(dim=0), features.new_tensor([len(features)])])
+
+
+def feature_std(sums: Tensor) -> Tensor:
+    """Standard deviation of L2-normalised features over all rows, times sqrt(D).
 
     1 where features point in all directions alike, 0 where they are all the same (Chen & He 2021, SimSiam, figure 2).
+
+    Args:
+        sums: [2 D + 1], of `feature_sums`.
     """
-    features = torch.nn.functional.normalize(features.float(), dim=1)  # [rows, D]
-    count = all_reduce(features.new_tensor(float(len(features))))
-    mean = all_reduce(features.sum(dim=0)) / count  # [D]
-    variance = all_reduce((features - mean).square().sum(dim=0)) / count  # [D]
-    return variance.sqrt().mean() * math.sqrt(features.shape[1])
+    mean, square = (sums[:-1] / sums[-1]).chunk(2)  # [D] each
+    return (square - mean.square()).clamp_min(0).sqrt().mean() * math.sqrt(len(mean))
 
 
 def signs_of_collapse(gauges: Mapping[str, float], prototypes: Mapping[str, int]) -> list[str]:

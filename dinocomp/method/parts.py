@@ -9,7 +9,7 @@ then needs of the others is a `Part`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ class MaskedRows:
 class TeacherRows(NamedTuple):
     """What the teacher's heads are asked about."""
 
-    cls: Tensor  # [2B, D] class tokens of the global crops, crop-major
+    cls: Tensor | None  # [2B, D] class tokens of the global crops, crop-major
     patches: Tensor | None  # [R, D], of the masked patches
 
 
@@ -69,7 +69,7 @@ class Part:
 
     share: float = 1.0
     teacher: TeacherRows | None = None
-    columns: dict[str, Tensor] | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
     koleo: list[tuple[Tensor, Tensor]] | None = None
     kept: list[Tensor | None] | None = None
 
@@ -86,7 +86,7 @@ def look_ahead(model: DINOv2, batches: Sequence[Batch], to_device: Callable[[Bat
     if not (sinkhorn or koleo):
         return parts
     seen = [
-        _see(model, to_device(batch), part, teacher=bool(sinkhorn), student=koleo)
+        _see(model, to_device(_global(batch)), part, teacher=bool(sinkhorn), student=koleo)
         for batch, part in zip(batches, parts, strict=True)
     ]
     masked, features = zip(*seen, strict=True)
@@ -94,11 +94,12 @@ def look_ahead(model: DINOv2, batches: Sequence[Batch], to_device: Callable[[Bat
 
         def sweep(name: str = name) -> Iterator[tuple[Tensor, Tensor | None]]:
             for part, rows in zip(parts, masked, strict=True):
-                yield model.teacher_logits(name, part.teacher), rows.valid if name == "ibot" else None
+                asked = part.teacher._replace(**{"dino": {"patches": None}, "ibot": {"cls": None}}[name])
+                yield model.teacher_logits(asked)[name], rows.valid if name == "ibot" else None
 
         columns = model.targets()[name].columns(sweep, model.teacher_temp)  # [K]
         for part in parts:
-            part.columns = {**(part.columns or {}), name: columns}
+            part.columns[name] = columns
     if koleo:
         views = [
             koleo_gradient(torch.cat(view), all_ranks=model.koleo_distributed) for view in zip(*features, strict=True)
@@ -122,3 +123,8 @@ def _see(
         part.kept = model.networks("student")["backbone"].draw_kept(len(crops), crops.device)
         cls = model.student_backbone([crops], [masks], [part.kept])[0].cls.chunk(2)
     return masked, cls
+
+
+def _global(batch: Batch) -> dict[str, Tensor]:
+    """What is looked at ahead; local crops stay where they are."""
+    return {name: batch[name] for name in ("global_crops", "masks")}

@@ -26,5 +26,18 @@ class Shell(nn.Module):
         """Which modules Composer makes units of sharding: the network, and each transformer block of it."""
         return self.unit if module is self.net or isinstance(module, Block) else False
 
+    def forget_forwards(self) -> None:
+        """Drops what sharded units note of each forward, to fetch weights ahead in backward: a teacher has none, and
+        only backward would end those lists."""
+        for module in self.modules():
+            group = getattr(getattr(module, "_get_fsdp_state", lambda: None)(), "_fsdp_param_group", None)
+            for notes in (
+                getattr(group, "_post_forward_indices", None),
+                getattr(getattr(group, "comm_ctx", None), "post_forward_order", None),
+                getattr(getattr(module, "_exec_order_data", None), "handles_post_forward_order", None),
+            ):
+                if isinstance(notes, list):
+                    notes.clear()
+
     def param_init_fn(self, module: nn.Module) -> None:
         """How Composer fills modules without memory: not at all, their weights come from rank 0."""

@@ -22,7 +22,9 @@ class WeightNormLinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear: U(-1/sqrt(in), 1/sqrt(in))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+        # Sharded weights come in half precision, in which their norms would be rounded, too.
+        v, g = self.weight_v.float(), self.weight_g.float()
+        return F.linear(x, v * (g / v.norm(dim=1, keepdim=True)))
 
 
 class DINOHead(nn.Module):

@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import resource
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,13 +71,27 @@ def test_from_one_file_to_shares_and_back(tmp_path: Path) -> None:
         assert path is None
 
 
-def test_no_room_for_the_other_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[], None]]:
+    """Makes this process's files end at 1,000 bytes, until the test is over."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
 
-    shares = in_shares(tmp_path / "iteration-00000004", state())
-    monkeypatch.setattr("dinocomp.checkpoints.shapes.dcp_to_torch_save", full)
-    with pytest.raises(ConfigError, match=r"Make room.*parallelism\.strategy"), state_to_load(shares, shares=False):
+
+@pytest.mark.parametrize("to_shares", [True, False])
+def test_no_room_for_the_other_shape(tmp_path: Path, to_shares: bool, full_disk: Callable[[], None]) -> None:
+    checkpoint = tmp_path / "iteration-00000004"
+    content = state(model={"x": torch.randn(4096)})
+    if to_shares:
+        checkpoint.mkdir()
+        torch.save(content, checkpoint / STATE)
+    else:
+        in_shares(checkpoint, content)
+    full_disk()
+    refused = pytest.raises(ConfigError, match=r"Make room.*parallelism\.strategy")
+    with refused, state_to_load(checkpoint, shares=to_shares):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["iteration-00000004"]
 
@@ -120,6 +137,21 @@ def test_code_in_a_share_is_not_run(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists(), "the trap works"
 
 
+def test_a_state_in_one_piece_hides_no_algorithms(tmp_path: Path) -> None:
+    """An entry for all of the state, beside the one that is looked at."""
+    shares = in_shares(tmp_path / "shares", {"state.algorithms": [], "state": "?"})
+    with pytest.raises(WeightsError, match="is not loaded"):
+        check_shares(shares / SHARES)
+
+
+def test_what_was_rewritten_is_looked_at_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the list of shares had said."""
+    shares = in_shares(tmp_path / "shares", state(algorithms=["EMA()"]))
+    with pytest.raises(WeightsError, match="is not loaded"), state_to_load(shares, shares=False):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["shares"]
+
+
 @pytest.mark.parametrize("algorithms", [["EMA(half_life='1ba')"], [torch.ones(2)]])
 def test_algorithms_are_refused(tmp_path: Path, algorithms: list) -> None:
     """Composer evaluates their names as Python."""
@@ -135,10 +167,23 @@ def test_shares_that_were_cut(tmp_path: Path) -> None:
         (shares / SHARES).write_bytes(text[:size])
         with pytest.raises(WeightsError, match="damaged"):
             check_shares(shares / SHARES)
+    (shares / SHARES).write_bytes(text)
+    share = next(shares.glob("*.distcp"))
+    share.write_bytes(share.read_bytes()[:300])
+    with pytest.raises(WeightsError, match="damaged"):
+        read_shares(shares)
+
+
+def test_a_state_of_another_kind_of_run_is_not_called_damaged(tmp_path: Path) -> None:
+    shares = in_shares(tmp_path / "shares", state())
+    refused = pytest.raises(WeightsError, match=r"another kind of run.*Missing key")
+    with refused, state_to_load(shares, shares=True) as path:
+        dcp.load({"rng.0.cuda": torch.zeros(3)}, checkpoint_id=path, no_dist=True)
 
 
 def test_other_networks_are_named(tmp_path: Path) -> None:
     torch.save(state(), tmp_path / STATE)
-    check_names(str(tmp_path / STATE), state()["state"]["model"])
-    with pytest.raises(WeightsError, match=r"missing: x.*not in the networks: dino_targets\.center"):
-        check_names(str(tmp_path / STATE), {"student_backbone.net.norm.bias", "x"})
+    for saved in (tmp_path / STATE, in_shares(tmp_path / "shares", state())):
+        check_names(str(saved), state()["state"]["model"])
+        with pytest.raises(WeightsError, match=r"missing: x.*not in the networks: dino_targets\.center"):
+            check_names(str(saved), {"student_backbone.net.norm.bias", "x"})

@@ -30,13 +30,14 @@ class Centering(nn.Module):
         self._count: Tensor | None = None  # their number
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None, columns: None = None) -> Tensor:
         """Targets of teacher logits.
 
         Args:
             logits: [rows, K].
             temperature: of the teacher.
             valid: [rows] bool; a False row is padding: it has a target, but does not move the centre.
+            columns: not needed here, see `SinkhornKnopp`.
 
         Returns:
             [rows, K], each row sums to 1, fp32.
