@@ -6,6 +6,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class Unit:
         yield math.ceil(numbers / ranks) * ranks
 
 
+@cache
 def units(config: Config) -> list[Unit]:
     """The units of the student, which are those of the teacher, without building it in memory."""
     with torch.device("meta"):
@@ -161,7 +163,11 @@ def _ddp(step: Step) -> list[Collective]:
 
 
 def _buckets(gradients: list[int]) -> list[int]:
-    """Sizes of DDP's messages: gradients fill them from the last weight to the first."""
+    """Sizes of DDP's messages: gradients fill them from the last weight to the first.
+
+    (DDP goes by the order in which gradients are ready, in which neighbours may change places; so one of them may be in
+    the message before or after. The sum and the number of messages stay.)
+    """
     sizes, limit = [0], _FIRST_BUCKET
     for size in reversed(gradients):
         if sizes[-1] >= limit:

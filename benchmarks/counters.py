@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from dinocomp.callbacks import ApplySchedules
 from dinocomp.config import Config, load_config
+from dinocomp.method import DINOv2
+from dinocomp.method.ema import local
 from tests import processes
 from tests.helpers import words, yaml_of_nothing
 from tests.sharding import shard_on_cpu
@@ -85,7 +88,7 @@ def count_steps(steps: list[int], folder: Path, before: Any = None) -> None:
     """Makes this process write what each of these steps (from 1) sends, from a step's start to the next one's.
 
     Args:
-        folder: gets `R-N.json` of rank R and step N.
+        folder: gets `R-N.json` of rank R and step N, and `R-held.json`: bytes that the rank keeps, see `_held`.
         before: called first.
     """
     if before:
@@ -98,6 +101,7 @@ def count_steps(steps: list[int], folder: Path, before: Any = None) -> None:
             counting.__exit__(None, None, None)
             rank = torch.distributed.get_rank()
             (folder / f"{rank}-{step - 1}.json").write_text(json.dumps(counting.seen))
+            (folder / f"{rank}-held.json").write_text(json.dumps(_held(self.model, state.optimizers[0])))
             counting.seen = []
         if step in steps:
             counting.__enter__()
@@ -106,16 +110,40 @@ def count_steps(steps: list[int], folder: Path, before: Any = None) -> None:
     ApplySchedules.batch_start = batch_start
 
 
-def measure(
-    folder: Path, strategy: str, ranks: int, port: int, changes: dict[str, Any]
-) -> tuple[Config, dict[tuple[int, int], list[tuple[str, int, str]]]]:
+def _held(model: DINOv2, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of the tensors that this rank keeps, named as `benchmarks.cost.state_bytes` does."""
+    student, teacher = (
+        [p for net in model.networks(role).values() for p in net.parameters()] for role in ("student", "teacher")
+    )
+    averages = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    kept = {
+        "student, fp32": student,
+        "gradients, fp32": [p.grad for p in student if p.grad is not None],
+        "AdamW's averages, fp32": averages,
+        "teacher, fp32": teacher,
+    }
+    return {name: sum(local(t).numel() * t.element_size() for t in tensors) for name, tensors in kept.items()}
+
+
+@dataclass
+class Measured:
+    """What `measure` has seen.
+
+    Attributes:
+        seen: what was sent, as in `CountCollectives.seen`, by (rank, step).
+        held: bytes that each rank keeps, by what they are.
+    """
+
+    config: Config
+    seen: dict[tuple[int, int], list[tuple[str, int, str]]]
+    held: list[dict[str, int]]
+
+
+def measure(folder: Path, strategy: str, ranks: int, port: int, changes: dict[str, Any]) -> Measured:
     """Trains a tiny network on processes of this machine's CPU.
 
     Args:
         changes: of the configuration, as in `tests.helpers.words`.
-
-    Returns:
-        The configuration; and what was sent, as in `CountCollectives.seen`, by (rank, step).
     """
     changes = {"train__batch_size_per_gpu": 8 // ranks, "parallelism__strategy": strategy, **_RUN, **changes}
     arguments = words(folder / "run", **changes)
@@ -129,7 +157,8 @@ def measure(
     for rank in range(ranks):
         for step in STEPS:
             seen[rank, step] = [tuple(entry) for entry in json.loads((folder / f"{rank}-{step}.json").read_text())]
-    return load_config(None, arguments).config, seen
+    held = [json.loads((folder / f"{rank}-held.json").read_text()) for rank in range(ranks)]
+    return Measured(load_config(None, arguments).config, seen, held)
 
 
 def is_measured(step: int) -> bool:
