@@ -4,6 +4,7 @@
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -196,8 +197,22 @@ def _sharded(step: Step) -> list[Collective]:
             Collective("teacher", "all_gather", size, teacher, "teacher forward"),
             Collective("gradients", "reduce_scatter", gradients, passes, "backward"),
         ]
-    norms = len({unit.network for unit in units(config)})
-    return [*messages, Collective("clipping: norm of a network", "all_reduce", FP32, norms)]
+    return [*messages, *_norms(step)]
+
+
+def _norms(step: Step) -> list[Collective]:
+    """Of gradients in shares: a number for each network.
+
+    Of FSDP2's DTensors torch 2.7 sums it twice, for the factor that gradients are scaled by and for who asks; torch
+    2.11 once, but the norms of all weights. (Versions between were not looked at.)
+    """
+    purpose = "clipping: norm of a network"
+    weights = Counter(unit.network for unit in units(step.config) for trained in unit.trained if trained)
+    if step.strategy == "fsdp":
+        return [Collective(purpose, "all_reduce", FP32, len(weights))]
+    if torch.__version__ < "2.11":
+        return [Collective(purpose, "all_reduce", FP32, 2 * len(weights))]
+    return [Collective(purpose, "all_reduce", FP32 * number, 1) for number in weights.values()]
 
 
 def _losses_of(step: Step, network: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,7 +46,7 @@ _OPERATORS = {
     "_c10d_functional.reduce_scatter_tensor": ("reduce_scatter", 0),
     "_c10d_functional.broadcast": ("broadcast", 0),
 }
-_NOT_SENT = ("_c10d_functional.wait_tensor",)
+_NOT_SENT = ("_c10d_functional.wait_tensor", "_c10d_functional._wrap_tensor_autograd")
 
 
 class CountCollectives(TorchDispatchMode):
@@ -60,6 +61,8 @@ class CountCollectives(TorchDispatchMode):
         self.seen: list[tuple[str, int, str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # DTensor takes the operator apart, and what it sends for it comes by here
         result = func(*args, **(kwargs or {}))
         name = str(func.name()).replace("::", ".").removesuffix(".default")
         if name in _OPERATORS:
