@@ -270,14 +270,13 @@ def _loop(step: Step) -> list[Collective]:
 def _gauges(step: Step) -> list[Collective]:
     if not step.measured:
         return []
-    config, passes, losses = step.config, step.micro_batches, derive.prototypes(step.config)
+    config, losses = step.config, derive.prototypes(step.config)
     width = derive.architecture(config.student).embed_dim
     terms = (1 + bool(config.crops.local_crops_number) if "dino" in losses else 0) + ("ibot" in losses)
     terms += bool(config.dino.koleo_loss_weight)
     numbers = terms + len({unit.network for unit in units(config)}) + 1 + (2 if step.sinkhorn else 3) * len(losses)
+    sums = 2 * width + 1 + sum(prototypes + 2 for prototypes in losses.values())  # in double precision
     return [
-        Collective("gauge: rows", "all_reduce", FP32, passes),
-        Collective("gauge: mean and variance of features", "all_reduce", FP32 * width, 2 * passes),
-        *(Collective(f"gauge: targets, {k}", "all_reduce", FP32 * (n + 2), passes) for k, n in losses.items()),
+        Collective("gauges: features and targets", "all_reduce", 8 * sums, 1),
         Collective("metrics", "all_reduce", FP32 * numbers, 1),
     ]
