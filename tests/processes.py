@@ -109,6 +109,18 @@ def fail_at_iteration(iteration: int, rank: int, mark: Path | None = None) -> No
         _at_iteration(iteration, fail)
 
 
+def write_centres(folder: Path) -> None:
+    """Each rank writes the centre of DINO's targets that it starts from."""
+    original, rank = DINOv2.begin_step, os.environ.get("RANK", "0")
+
+    def begin_step(self: DINOv2, *arguments: object) -> None:
+        if not (folder / f"{rank}.pt").exists():
+            torch.save(self.dino_targets.center.clone(), folder / f"{rank}.pt")
+        original(self, *arguments)
+
+    DINOv2.begin_step = begin_step
+
+
 def write_draws(folder: Path) -> None:
     """Each rank writes the masks of its first batch and the sequences that its student keeps in the first block."""
     original, rank = DINOv2.loss, os.environ.get("RANK", "0")

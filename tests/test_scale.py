@@ -196,6 +196,37 @@ def test_a_bad_step_is_skipped_by_sharded_networks(strategy: str, tmp_path: Path
                 assert a[name] == pytest.approx(b[name], rel=1e-5), (a["iteration"], name)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_all_ranks_start_from_the_same_centre(strategy: str, tmp_path: Path, free_port: int) -> None:
+    """Rank 0 alone reads the weights to start from, and networks on other ranks have no memory until then."""
+    first = run(tmp_path, "first", "single", 1, free_port, CENTERING | {"optim__epochs": 1})
+    changes = CENTERING | {"MODEL__WEIGHTS": first / "checkpoints" / folder_name(4), "optim__epochs": 1}
+    changes |= {"train__batch_size_per_gpu": 4, "parallelism__strategy": strategy}
+    folder = tmp_path / "centres"
+    folder.mkdir()
+    ranks = processes.start_ranks(
+        [yaml_of_nothing(tmp_path), *words(tmp_path / "run", **changes)],
+        *(2, free_port, shard_on_cpu, processes.write_centres, folder),
+    )
+    assert [processes.finish(rank) for rank in ranks] == [0, 0]
+    saved = read_tensors(first / "checkpoints" / folder_name(4))["dino_targets.center"]
+    for rank in range(2):
+        assert torch.equal(torch.load(folder / f"{rank}.pt"), saved) and saved.any()
+
+
+def test_a_disk_that_is_full_while_shares_are_written(tmp_path: Path, free_port: int) -> None:
+    """All ranks say so and end together; the checkpoint before it stays, and the run goes on from there."""
+    changes = SINKHORN | {"train__batch_size_per_gpu": 4, "parallelism__strategy": "fsdp2"}
+    settings = [yaml_of_nothing(tmp_path), *words(tmp_path / "run", **changes)]
+    full = (processes.limit_file_size_from, 7, 20_000)
+    ranks = processes.start_ranks(settings, 2, free_port, shard_on_cpu, *full)
+    assert [processes.finish(rank) for rank in ranks] == [3, 3]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [folder_name(4)]
+    ranks = processes.start_ranks(settings, 2, free_port, shard_on_cpu)
+    assert [processes.finish(rank) for rank in ranks] == [0, 0]
+    assert len(metrics(tmp_path / "run")) == 12
+
+
 def test_no_rank_draws_what_another_draws(tmp_path: Path, free_port: int) -> None:
     """Masks are those of the ranks' own places in the global batch, and drop path is drawn on each rank for itself."""
     changes = {"train__batch_size_per_gpu": 4, "student__drop_path_rate": 0.5, "optim__epochs": 1}
