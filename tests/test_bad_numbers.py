@@ -110,5 +110,5 @@ def test_out_of_memory_is_a_message(
     monkeypatch.setattr(DINOv2, "loss", loss)
     assert main([yaml_of_nothing(tmp_path), *words(tmp_path / "run")]) == 3
     said = capsys.readouterr().err
-    assert "8 images on each process: type train.batch_size_per_gpu=4" in said and "Traceback" not in said
+    assert "8 images at a time on each process: type train.microbatch_size=4" in said and "Traceback" not in said
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text()

@@ -179,6 +179,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, capsys: p
         assert (output / "evaluation.jsonl").read_text() == whole
 
 
+@pytest.mark.slow
 def test_a_stop_at_an_evaluation(tmp_path: Path) -> None:
     """One that is due in the step that was told to stop is made up for; one that is under way is finished first."""
     arguments = [yaml_of_nothing(tmp_path), *words(tmp_path / "run", evaluation__eval_period_iterations=6)]

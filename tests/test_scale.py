@@ -127,6 +127,7 @@ def test_micro_batches_on_ranks(alone: tuple, strategy: str, recompute: str, tmp
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a["iteration"], name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [CENTERING], indirect=True, ids=["centering"])
 def test_a_run_through_all_shapes(alone: tuple, tmp_path: Path, free_port: int) -> None:
     """Two iterations under each strategy, each going on from the checkpoint of the one before."""
@@ -175,7 +176,8 @@ def test_weights_of_a_sharded_run(tmp_path: Path, free_port: int) -> None:
     assert first["loss/total"] < metrics(sharded.parents[1])[3]["loss/total"], "it goes on from what was learnt"
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("fsdp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 def test_a_bad_step_is_skipped_by_sharded_networks(strategy: str, tmp_path: Path, free_port: int) -> None:
     """A gradient that is not finite on one rank is left out by all, as with whole networks."""
     runs = {}
@@ -196,7 +198,7 @@ def test_a_bad_step_is_skipped_by_sharded_networks(strategy: str, tmp_path: Path
                 assert a[name] == pytest.approx(b[name], rel=1e-5), (a["iteration"], name)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_all_ranks_start_from_the_same_centre(strategy: str, tmp_path: Path, free_port: int) -> None:
     """Rank 0 alone reads the weights to start from, and networks on other ranks have no memory until then."""
     first = run(tmp_path, "first", "single", 1, free_port, CENTERING | {"optim__epochs": 1})

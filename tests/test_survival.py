@@ -70,6 +70,7 @@ def whole_ones(output: Path) -> list[int]:
     return [iteration_of(path) for path in list_checkpoints(output / "checkpoints") if not find_fault(path)]
 
 
+@pytest.mark.slow
 def test_killed_before_each_file_operation_of_saving(command: Callable, uninterrupted: Path, tmp_path: Path) -> None:
     """One run, killed and started again and again: at operation 1, 2, 3, … below checkpoints/ after its start."""
     output = tmp_path / "run"
@@ -123,6 +124,7 @@ def test_killed_at_random_moments(command: Callable, tmp_path: Path, workers: in
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_workers(command: Callable, tmp_path: Path) -> None:
     """Here they are made by a fork server, which would live as long as they do, and they as long as it."""
     arguments = command(tmp_path / "run", train__num_workers=2)

@@ -104,6 +104,7 @@ def test_what_is_missing_at_the_end_is_said(command: Callable, bucket: Bucket, p
     assert there(bucket) == {"iteration-00000004", "iteration-00000008", "iteration-00000012"}
 
 
+@pytest.mark.slow
 def test_damage_here_and_there(command: Callable, bucket: Bucket, tmp_path: Path) -> None:
     """A whole copy takes the place of a damaged local one; a damaged copy is passed over."""
     assert processes.finish(processes.start(command(tmp_path / "run", optim__epochs=2))) == 0
