@@ -87,6 +87,7 @@ def test_resume_by_key(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "there are checkpoints in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ranks_stop_and_resume_together(tmp_path: Path, free_port: int) -> None:
     """Only one of two is told to stop: both do after the same step, and end bit for bit where they would have."""
     nothing, four = yaml_of_nothing(tmp_path), {"train__batch_size_per_gpu": 4, "optim__epochs": 2}
@@ -103,6 +104,7 @@ def test_ranks_stop_and_resume_together(tmp_path: Path, free_port: int) -> None:
     assert not [name for name in whole if not torch.equal(whole[name], parts[name])]
 
 
+@pytest.mark.slow
 def test_other_processes_and_workers_on_resume(tmp_path: Path, free_port: int) -> None:
     """1 -> 2 -> 1 processes, 0 -> 2 -> 0 workers: the same images, crops and masks, so the same losses."""
     images = small_folder(tmp_path / "images")

@@ -198,7 +198,8 @@ def test_a_bad_step_is_skipped_by_sharded_networks(strategy: str, tmp_path: Path
                 assert a[name] == pytest.approx(b[name], rel=1e-5), (a["iteration"], name)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 def test_all_ranks_start_from_the_same_centre(strategy: str, tmp_path: Path, free_port: int) -> None:
     """Rank 0 alone reads the weights to start from, and networks on other ranks have no memory until then."""
     first = run(tmp_path, "first", "single", 1, free_port, CENTERING | {"optim__epochs": 1})
@@ -216,6 +217,7 @@ def test_all_ranks_start_from_the_same_centre(strategy: str, tmp_path: Path, fre
         assert torch.equal(torch.load(folder / f"{rank}.pt"), saved) and saved.any()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_shares_are_written(tmp_path: Path, free_port: int) -> None:
     """All ranks say so and end together; the checkpoint before it stays, and the run goes on from there."""
     changes = SINKHORN | {"train__batch_size_per_gpu": 4, "parallelism__strategy": "fsdp2"}

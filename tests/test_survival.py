@@ -177,6 +177,7 @@ def test_a_whole_job_is_told_to_stop(command: Callable, tmp_path: Path, number: 
     assert find_fault(checkpoint) == "" and iteration_of(checkpoint) == len(metrics(output))
 
 
+@pytest.mark.slow
 def test_told_to_stop_twice(command: Callable, uninterrupted: Path, tmp_path: Path) -> None:
     """The second signal leaves at once, also in the middle of saving, and what is there is whole."""
     output = tmp_path / "run"

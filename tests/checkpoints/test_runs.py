@@ -53,6 +53,7 @@ def test_a_machine_that_has_nothing_but_the_remote(command: Callable, bucket: Bu
     assert "copied: " in said
 
 
+@pytest.mark.slow
 def test_shares_are_copied_and_come_back(command: Callable, bucket: Bucket, tmp_path: Path, free_port: int) -> None:
     """A sharded run, stopped on one machine, goes on with another that has nothing."""
     sharded = {"train__batch_size_per_gpu": 4, "parallelism__strategy": "fsdp2"}

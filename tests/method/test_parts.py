@@ -127,9 +127,9 @@ def test_koleo_over_ranks_is_koleo_over_rows(free_port: int) -> None:
     x[6] = x[1] + 1e-3  # neighbours on other ranks
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank, (4, free_port, x, results), nprocs=4)
-        losses, gradients = zip(*(results[rank] for rank in range(4)), strict=True)
+        mp.spawn(_rank, (2, free_port, x, results), nprocs=2)
+        losses, gradients = zip(*(results[rank] for rank in range(2)), strict=True)
     expected, gradient = koleo_gradient(x, all_ranks=False)
     for loss in losses:
         torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.cat(gradients) / 4, gradient)  # DDP averages over ranks
+    torch.testing.assert_close(torch.cat(gradients) / 2, gradient)  # DDP averages over ranks
