@@ -63,8 +63,18 @@ def test_bytes_of_a_step(strategy: str, targets: dict, micro_batches: int, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [PASSES, ODD, KEPT], ids=["passes", "odd", "kept"])
-@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("fsdp2", 4)])
+@pytest.mark.parametrize(
+    ("changes", "strategy", "ranks"),
+    [
+        (PASSES, "ddp", 4),
+        (PASSES, "fsdp", 2),
+        (ODD, "fsdp", 4),
+        (ODD, "fsdp2", 4),
+        (KEPT, "fsdp", 2),
+        (KEPT, "fsdp2", 4),
+    ],
+    ids=["passes-ddp", "passes-fsdp", "odd-fsdp", "odd-fsdp2", "kept-fsdp", "kept-fsdp2"],
+)
 def test_bytes_of_other_steps(strategy: str, ranks: int, changes: dict, tmp_path: Path, free_port: int) -> None:
     assert_as_said(tmp_path, strategy, ranks, free_port, changes)
 

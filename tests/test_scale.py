@@ -9,6 +9,7 @@ from signal import SIGTERM
 import pytest
 import torch
 
+from dinocomp.checkpoints.folder import SHARES
 from dinocomp.checkpoints.manifest import folder_name
 from dinocomp.checkpoints.shapes import read_shares
 from dinocomp.interop import read_teacher
@@ -128,38 +129,27 @@ def test_micro_batches_on_ranks(alone: tuple, strategy: str, recompute: str, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alone", [CENTERING], indirect=True, ids=["centering"])
-def test_a_run_through_all_shapes(alone: tuple, tmp_path: Path, free_port: int) -> None:
-    """Two iterations under each strategy, each going on from the checkpoint of the one before."""
-    reference, changes = alone
-    legs = [("ddp", 2, 2), ("fsdp", 2, 4), ("fsdp2", 4, 6), ("single", 1, 8), ("fsdp2", 2, 10), ("ddp", 4, 0)]
-    previous = 0
-    for strategy, ranks, stop in legs:
-        every = changes | {"checkpoint__max_to_keep": 0}
-        output = run(tmp_path, "run", strategy, ranks, free_port, every, stop and stop - previous)
-        previous = stop
-    assert_same(output, reference)
-    assert (output / "checkpoints" / folder_name(6) / ".metadata").is_file(), "sharded networks are saved in shares"
-    log = (output / "train.log").read_text()
-    assert log.count("it was saved with whole networks") == 2 and log.count("it was saved with sharded networks") == 2
-    assert not list((output / "checkpoints").glob(".*")), "nothing that was made for loading stays"
-    # AdamW's averages went along: the weights are where those of the uninterrupted run are.
-    ours, theirs = (read_tensors(path / "checkpoints" / folder_name(12)) for path in (output, reference))
-    for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-5, msg=name)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("first", SHAPES, ids=str)
 @pytest.mark.parametrize("alone", [CENTERING], indirect=True, ids=["centering"])
 def test_every_shape_goes_on_from_every_other(alone: tuple, first: tuple, tmp_path: Path, free_port: int) -> None:
     """Six iterations under one strategy, six under another."""
     reference, changes = alone
     half = run(tmp_path, "half", *first, free_port, changes, 6)
+    theirs = read_tensors(reference / "checkpoints" / folder_name(12))
+    sharded = first[0].startswith("fsdp")
+    assert (half / "checkpoints" / folder_name(6) / SHARES).is_file() == sharded
     for strategy, ranks in SHAPES:
-        if (strategy, ranks) != first:
-            shutil.copytree(half, tmp_path / f"{strategy}{ranks}")
-            assert_same(run(tmp_path, f"{strategy}{ranks}", strategy, ranks, free_port, changes), reference)
+        if (strategy, ranks) == first:
+            continue
+        shutil.copytree(half, tmp_path / f"{strategy}{ranks}")
+        output = run(tmp_path, f"{strategy}{ranks}", strategy, ranks, free_port, changes)
+        assert_same(output, reference)
+        rewritten = "rewriting the state of" in (output / "train.log").read_text()
+        assert rewritten == (strategy.startswith("fsdp") != sharded)
+        assert not list((output / "checkpoints").glob(".*")), "nothing that was made for loading stays"
+        # AdamW's averages went along: the weights are where those of the uninterrupted run are.
+        for name, weight in read_tensors(output / "checkpoints" / folder_name(12)).items():
+            torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_weights_of_a_sharded_run(tmp_path: Path, free_port: int) -> None:
@@ -251,7 +241,7 @@ def test_no_rank_draws_what_another_draws(tmp_path: Path, free_port: int) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp2", 4)])
+@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 2), ("fsdp2", 4)])
 @pytest.mark.parametrize("alone", [SINKHORN], indirect=True, ids=["sinkhorn"])
 def test_through_the_launcher(alone: tuple, strategy: str, ranks: int, tmp_path: Path) -> None:
     """`composer -n`: the same numbers, one set of files, one voice."""
