@@ -65,14 +65,9 @@ def test_bytes_of_a_step(strategy: str, targets: dict, micro_batches: int, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "strategy", "ranks"),
-    [(PASSES, "ddp", 4), (PASSES, "fsdp", 2), (ODD, "fsdp", 4)]
-    + [(ODD, "fsdp2", 4), (KEPT, "fsdp", 2), (KEPT, "fsdp2", 4)],
-        (PASSES, "ddp", 4),
-        (PASSES, "fsdp", 2),
-        (ODD, "fsdp", 4),
-        (ODD, "fsdp2", 4),
-        (KEPT, "fsdp", 2),
-        (KEPT, "fsdp2", 4),
+    [
+        *[(PASSES, "ddp", 4), (PASSES, "fsdp", 2), (ODD, "fsdp", 4)],
+        *[(ODD, "fsdp2", 4), (KEPT, "fsdp", 2), (KEPT, "fsdp2", 4)],
     ],
     ids=["passes-ddp", "passes-fsdp", "odd-fsdp", "odd-fsdp2", "kept-fsdp", "kept-fsdp2"],
 )
