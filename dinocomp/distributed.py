@@ -5,8 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch import Tensor
 
 from dinocomp.errors import DinocompError
 
@@ -33,24 +32,6 @@ def all_gather(x: Tensor) -> tuple[Tensor, int, int]:
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts), dist.get_rank(), world_size()
-
-
-@torch.no_grad()
-def whole_weights(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a module by name, those of sharded ones on the CPU of rank 0 alone: they are gathered one by one.
-
-    Args:
-        prefix: all names begin with it, and lose it.
-    """
-    weights = {}
-    for name, weight in get_model_state_dict(module).items():
-        if hasattr(weight, "full_tensor"):
-            weight = weight.full_tensor()  # all ranks take part
-            if dist.get_rank() != 0:
-                continue
-            weight = weight.cpu()
-        weights[name.removeprefix(prefix)] = weight
-    return weights
 
 
 def any_rank(flag: bool) -> bool:

@@ -147,7 +147,7 @@ def _train(run: "Run") -> int:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise TrainingError(_out_of_memory(run, error)) from error
     except RuntimeError as error:
-        if "microbatch size of 1" not in str(error) and "microbatch of size 1" not in str(error):
+        if "internal microbatch of size 1" not in str(error):
             raise
         raise TrainingError(_out_of_memory(run, error)) from error  # the end of Composer's search
     finally:

@@ -101,11 +101,19 @@ def test_odd_batches_are_finite(tmp_path: Path, changes: dict, equal_images: boo
     assert all(value is not None for line in lines for value in line.values())
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA out of memory. The train loop failed with an internal microbatch of size 1."),
+    ],
+    ids=["memory", "search"],
+)
 def test_out_of_memory_is_a_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def loss(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     monkeypatch.setattr(DINOv2, "loss", loss)
     assert main([yaml_of_nothing(tmp_path), *words(tmp_path / "run")]) == 3

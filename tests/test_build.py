@@ -117,6 +117,15 @@ def test_what_two_cpu_processes_cannot_do(word: str, what: str, remedy: str, mon
     assert what in str(error.value) and remedy in str(error.value)
 
 
+@pytest.mark.parametrize("word", ["train.centering=sinkhorn_knopp", "dino.koleo_distributed=true"])
+def test_a_search_on_several_processes_has_limits(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses that exchange numbers within a pass would meet Composer's own exchange there."""
+    monkeypatch.setattr("composer.utils.dist.get_world_size", lambda: 2)
+    searching = load_config(None, ["train.microbatch_size=auto", word]).config
+    with pytest.raises(ConfigError, match=f"several processes with {word}.*Type a number of images"):
+        choose_strategy(searching, gpu=True)
+
+
 def test_networks_for_another_ranks_weights_take_no_memory() -> None:
     model = build_model(load_config("vitg14").config, 8, empty=True)
     assert all(parameter.is_meta for parameter in model.parameters())

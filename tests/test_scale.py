@@ -241,7 +241,7 @@ def test_no_rank_draws_what_another_draws(tmp_path: Path, free_port: int) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 2), ("fsdp2", 4)])
+@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 2), ("ddp", 4), ("fsdp2", 4)])
 @pytest.mark.parametrize("alone", [SINKHORN], indirect=True, ids=["sinkhorn"])
 def test_through_the_launcher(alone: tuple, strategy: str, ranks: int, tmp_path: Path) -> None:
     """`composer -n`: the same numbers, one set of files, one voice."""

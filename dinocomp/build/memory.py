@@ -1,37 +1,16 @@
 """What a run needs of a GPU's memory, and what to type where a GPU has less."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 from dinocomp.build.data import mask_settings
 from dinocomp.build.model import count_parameters
 from dinocomp.config import Config, derive
-from dinocomp.config.memory import Memory, estimate
+from dinocomp.config.memory import Memory, MemoryPlan, estimate
 from dinocomp.data import max_masked_patches
 
 _USUAL_GPU = 80e9  # bytes, where it is not said what a GPU has
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """The estimate for one GPU of a run.
-
-    Attributes:
-        strategy: single, ddp, fsdp or fsdp2.
-        limit: bytes of a GPU; None where it is not known.
-        remedy: what to type, where it does not fit; '' where nothing helps.
-    """
-
-    memory: Memory
-    strategy: str
-    limit: float | None = None
-    remedy: str = ""
-
-    @property
-    def fits(self) -> bool:
-        """Whether the GPU has as much, as far as is known."""
-        return self.limit is None or self.memory.total <= self.limit
 
 
 def plan_memory(config: Config, world_size: int, limit: float | None = None) -> MemoryPlan:

@@ -5,6 +5,8 @@ from composer import Callback, Logger, State
 from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.method import DINOv2
 
+_TIDY = 1000  # iterations between
+
 
 class UpdateTeacher(Callback):
     """Updates the teacher and the centres once an optimizer step, before evaluation and checkpoints see them.
@@ -21,5 +23,6 @@ class UpdateTeacher(Callback):
             self.model.forget_batch()
         else:
             self.model.update_teacher()
-        for shell in self.model.shells("teacher").values():
-            shell.forget_forwards()
+        if int(state.timestamp.batch) % _TIDY == 0:
+            for shell in self.model.shells("teacher").values():
+                shell.forget_forwards()

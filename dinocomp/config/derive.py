@@ -175,12 +175,12 @@ def whole_bytes(parameters: Mapping[str, int]) -> int:
     return 4 * (1 + 1 + 2 + 1) * sum(parameters.values())
 
 
-def strategy(config: Config, world_size: int, gpu_bytes: int | None, whole_bytes: int) -> str:
+def strategy(config: Config, world_size: int, gpu_bytes: int | None, whole: int) -> str:
     """How networks lie on processes: `single`, `ddp`, `fsdp` or `fsdp2`.
 
     Args:
         gpu_bytes: memory of a GPU; None on CPUs.
-        whole_bytes: of whole networks, with gradients and optimizer.
+        whole: bytes of whole networks, with gradients and optimizer; see `whole_bytes`.
     """
     wanted = config.parallelism.strategy
     if world_size == 1:
@@ -190,7 +190,7 @@ def strategy(config: Config, world_size: int, gpu_bytes: int | None, whole_bytes
     asked = config.compute_precision.student.backbone.sharding_strategy
     if gpu_bytes is None or asked == "NO_SHARD":
         return "ddp"
-    if asked != "FULL_SHARD" and whole_bytes < gpu_bytes / 3:
+    if asked != "FULL_SHARD" and whole < gpu_bytes / 3:
         return "ddp"
     # Composer finds a fitting micro-batch with FSDP1 alone.
     return "fsdp" if config.train.microbatch_size == "auto" else "fsdp2"

@@ -21,6 +21,7 @@ from dinocomp.errors import ConfigError
 
 COMMAND_LINE = "command line"
 _STUDENT_DTYPE = "compute_precision.student.backbone.mixed_precision.param_dtype"
+_STUDENT_SHARDING = "compute_precision.student.backbone.sharding_strategy"
 
 
 @dataclass(frozen=True)
@@ -257,17 +258,17 @@ def _assemble(defaults: Any, values: Mapping[str, Any], prefix: str = "") -> Any
 
 def _notices(config: Config, origin: Mapping[str, str]) -> list[str]:
     """One line for each key that differs from its default but does nothing, and for what is taken in another way."""
-    lines = []
+    lines, values = [], {spec.name: spec.default for spec in walk(config)}
     for spec in walk(config):
         if spec.no_longer and spec.default != all_keys()[spec.name].default:
             lines.append(f"{spec.name}={spec.default} ({origin[spec.name]}) changes nothing: {spec.no_longer}")
-    asked, name = config.compute_precision.student.backbone.mixed_precision.param_dtype, _STUDENT_DTYPE
-    if asked != all_keys()[name].default:
-        wanted = config.performance.precision
-        effect = (
-            "is for the whole model" if wanted == "auto" else f"changes nothing: performance.precision={wanted} is set"
-        )
-        lines.append(f"{name}={asked} ({origin[name]}) {effect}")
+    for name, key, wanted in (
+        (_STUDENT_DTYPE, "performance.precision", config.performance.precision),
+        (_STUDENT_SHARDING, "parallelism.strategy", config.parallelism.strategy),
+    ):
+        if values[name] != all_keys()[name].default:
+            effect = "is for the whole model" if wanted == "auto" else f"changes nothing: {key}={wanted} is set"
+            lines.append(f"{name}={values[name]} ({origin[name]}) {effect}")
     if config.optim.lr > 0:
         lines.append(
             f"optim.lr={config.optim.lr:g} ({origin['optim.lr']}) is taken as it stands: "

@@ -31,6 +31,27 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The estimate for one GPU of a run.
+
+    Attributes:
+        strategy: single, ddp, fsdp or fsdp2.
+        limit: bytes of a GPU; None where it is not known.
+        remedy: what to type, where it does not fit; '' where nothing helps.
+    """
+
+    memory: Memory
+    strategy: str
+    limit: float | None = None
+    remedy: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU has as much, as far as is known."""
+        return self.limit is None or self.memory.total <= self.limit
+
+
 def estimate(
     config: Config,
     parameters: Mapping[str, int],

@@ -1,10 +1,7 @@
 """What a run would be, in words, before any of it is done."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 from dinocomp.config.advice import Advice, warnings
 from dinocomp.config.derive import (
@@ -20,10 +17,8 @@ from dinocomp.config.derive import (
 )
 from dinocomp.config.keys import walk
 from dinocomp.config.load import LoadedConfig, all_keys
+from dinocomp.config.memory import MemoryPlan
 from dinocomp.config.schema import Config
-
-if TYPE_CHECKING:
-    from dinocomp.build.memory import MemoryPlan
 
 
 def describe(

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator
-from itertools import repeat
 from typing import Protocol
 
 import numpy as np
@@ -92,7 +91,8 @@ class TrainingOrder(DistributedSampler):
             while position < stop:
                 passes = position // self.samples
                 places = np.arange(position, min(stop, (passes + 1) * self.samples))  # those in this pass
-                yield from zip(places.tolist(), repeat(passes), samples(passes, places).tolist(), strict=False)
+                for place, sample in zip(places.tolist(), samples(passes, places).tolist(), strict=True):
+                    yield place, passes, sample
                 position += len(places)
 
     def _uniform(self, passes: int, positions: np.ndarray) -> np.ndarray:

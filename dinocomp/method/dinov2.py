@@ -9,9 +9,8 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 
 from dinocomp.data import Batch
-from dinocomp.distributed import all_reduce, whole_weights
 from dinocomp.method.ema import ema_update
-from dinocomp.method.gauges import feature_std, feature_sums, target_gauges, target_sums
+from dinocomp.method.gauges import TeacherGauges
 from dinocomp.method.losses import (
     Centering,
     SinkhornKnopp,
@@ -22,10 +21,8 @@ from dinocomp.method.losses import (
     with_gradient,
 )
 from dinocomp.method.parts import MaskedRows, Part, TeacherRows, look_ahead
-from dinocomp.method.shell import Shell
+from dinocomp.method.shell import Shell, whole_weights
 from dinocomp.models import DINOHead, Tokens, VisionTransformer
-
-_MEASURED_ROWS = 1024  # of the targets of a batch; their entropies take as much memory again
 
 
 @dataclass
@@ -118,7 +115,7 @@ class DINOv2(ComposerModel):
         self.momentum: float | None = None
         self.terms: dict[str, Tensor] = {}
         self.measuring = False
-        self._sums: dict[str, Tensor] = {}  # of the rows of this rank that were measured in the step, for `gauges`
+        self._gauges = TeacherGauges()
         self._parts: deque[Part] = deque()  # of the micro-batches to come
 
         self.normalize = Normalize(mean, std)
@@ -149,7 +146,7 @@ class DINOv2(ComposerModel):
         Of sharded networks they are on the CPU of rank 0, and nothing is on the others; one weight at a time is
         gathered on the device. All ranks must call it.
         """
-        return {name: whole_weights(shell, "net.") for name, shell in self.shells(role).items()}
+        return {name: whole_weights(shell) for name, shell in self.shells(role).items()}
 
     def unsharded(self) -> tuple[nn.Module, ...]:
         """The modules without weights."""
@@ -162,12 +159,13 @@ class DINOv2(ComposerModel):
 
     def begin_step(self, batches: Sequence[Batch], to_device: Callable[[Batch], Batch] = lambda batch: batch) -> None:
         """Before the forward passes of an optimizer step, which must come in this order. May be called again, for other
-        micro-batches of the same step.
+        micro-batches of the same step. A forward pass that nothing was said of is a step of its own.
 
         Args:
             to_device: brings a batch to the model's device, where it must be seen before its forward pass.
         """
-        self.terms, self._sums = {}, {}
+        self.terms = {}
+        self._gauges.clear()
         self.forget_batch()
         self._parts = deque(look_ahead(self, batches, to_device))
 
@@ -193,7 +191,9 @@ class DINOv2(ComposerModel):
         return {name: found for name, found in zip(("dino", "ibot"), logits, strict=True) if found is not None}
 
     def forward(self, batch: Batch) -> Outputs:
-        part = self._parts.popleft() if self._parts else Part()
+        if not self._parts:
+            self.begin_step([batch])
+        part = self._parts.popleft()
         crops, masks, masked = self.global_inputs(batch)
         with torch.no_grad():
             targets = self._targets(part, part.teacher or self.ask_teacher(crops, masked), masked)
@@ -229,13 +229,7 @@ class DINOv2(ComposerModel):
             for name, logits in self.teacher_logits(rows).items()
         }
         if self.measuring:
-            measured = slice(0, _MEASURED_ROWS)
-            sums = {"features": feature_sums(rows.cls)}
-            for name, of_loss in targets.items():
-                known = None if valid[name] is None else valid[name][measured]
-                sums[name] = target_sums(of_loss[measured], known)
-            before = {} if part.share == 1 else self._sums
-            self._sums = {name: before.get(name, 0) + found for name, found in sums.items()}
+            self._gauges.add(rows.cls, targets, valid)
         return targets
 
     def gauges(self) -> dict[str, Tensor]:
@@ -245,17 +239,10 @@ class DINOv2(ComposerModel):
             `feature_std`, and `entropy_H`, `prototypes_H` and, with centring, `center_norm_H` of each loss H ("dino",
             "ibot") that is on; see `method/gauges.py`. Nothing where nothing was measured.
         """
-        if not self._sums:
-            return {}
-        sizes = [len(sums) for sums in self._sums.values()]
-        of_all = all_reduce(torch.cat([*self._sums.values()])).split(sizes)
-        sums, self._sums = dict(zip(self._sums, of_all, strict=True)), {}
-        found = {"feature_std": feature_std(sums.pop("features"))}
-        for loss, of_loss in sums.items():
-            found |= {f"{name}_{loss}": value for name, value in target_gauges(of_loss).items()}
-            maker = self.targets()[loss]
-            if isinstance(maker, Centering):
-                found[f"center_norm_{loss}"] = maker.center.norm()
+        found = self._gauges.read()
+        if found:
+            centred = {name: maker for name, maker in self.targets().items() if isinstance(maker, Centering)}
+            found |= {f"center_norm_{name}": maker.center.norm() for name, maker in centred.items()}
         return found
 
     def _project(
@@ -287,8 +274,7 @@ class DINOv2(ComposerModel):
                 outputs.ibot_targets, outputs.ibot_logits, outputs.masked.weight, num_crops, self.student_temp
             )
         share = outputs.part.share
-        before = {} if share == 1 else self.terms
-        self.terms = {name: before.get(name, 0) + share * term.detach() for name, term in terms.items()}
+        self.terms = {name: self.terms.get(name, 0) + share * term.detach() for name, term in terms.items()}
         return {"total": sum(terms.values())}
 
     def _koleo(self, outputs: Outputs) -> Tensor:

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dinocomp.distributed import all_reduce
+
+_MEASURED_ROWS = 1024  # of the targets of a micro-batch; their entropies take as much memory again
+
 
 @torch.no_grad()
 def target_sums(targets: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -51,6 +55,41 @@ def feature_std(sums: Tensor) -> Tensor:
     """
     mean, square = (sums[:-1] / sums[-1]).chunk(2)  # [D] each
     return (square - mean.square()).clamp_min(0).sqrt().mean() * math.sqrt(len(mean))
+
+
+class TeacherGauges:
+    """Collects rows of a step, of all its micro-batches, and reads the gauges of all ranks' rows at once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # of this rank, by loss, and "features"
+
+    def clear(self) -> None:
+        """Forgets what was collected."""
+        self._sums = {}
+
+    def add(self, features: Tensor, targets: Mapping[str, Tensor], valid: Mapping[str, Tensor | None]) -> None:
+        """Collects class tokens [rows, D] and, by loss ("dino", "ibot"), targets [rows, K] with the rows that count."""
+        found = {"features": feature_sums(features)}
+        for loss, rows in targets.items():
+            counts = valid[loss]
+            found[loss] = target_sums(rows[:_MEASURED_ROWS], None if counts is None else counts[:_MEASURED_ROWS])
+        self._sums = {name: self._sums.get(name, 0) + sums for name, sums in found.items()}
+
+    def read(self) -> dict[str, Tensor]:
+        """`feature_std`, and `entropy_H` and `prototypes_H` of each loss H; nothing where nothing was collected.
+
+        All ranks must ask.
+        """
+        if not self._sums:
+            return {}
+        sizes = [len(sums) for sums in self._sums.values()]
+        of_all = all_reduce(torch.cat([*self._sums.values()])).split(sizes)
+        sums = dict(zip(self._sums, of_all, strict=True))
+        self.clear()
+        found = {"feature_std": feature_std(sums.pop("features"))}
+        for loss, rows in sums.items():
+            found |= {f"{name}_{loss}": value for name, value in target_gauges(rows).items()}
+        return found
 
 
 def signs_of_collapse(gauges: Mapping[str, float], prototypes: Mapping[str, int]) -> list[str]:

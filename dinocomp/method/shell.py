@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from dinocomp.models.block import Block
 
@@ -41,3 +44,18 @@ class Shell(nn.Module):
 
     def param_init_fn(self, module: nn.Module) -> None:
         """How Composer fills modules without memory: not at all, their weights come from rank 0."""
+
+
+@torch.no_grad()
+def whole_weights(shell: Shell) -> dict[str, Tensor]:
+    """The tensors of the network in a shell, by name. Those of a sharded one are gathered one by one, for which all
+    ranks must call this, and come to the CPU of rank 0 alone."""
+    weights = {}
+    for name, weight in get_model_state_dict(shell).items():
+        if hasattr(weight, "full_tensor"):
+            weight = weight.full_tensor()  # all ranks take part
+            if dist.get_rank() != 0:
+                continue
+            weight = weight.cpu()
+        weights[name.removeprefix("net.")] = weight
+    return weights

@@ -138,6 +138,7 @@ def test_a_sound_run_is_not_warned_about() -> None:
     [
         (["train.batch_size_per_gpu=32"], None, "32 images an iteration", "train.batch_size_per_gpu"),
         (["train.batch_size_per_gpu=1"], None, "KoLeo has no second image", "no_koleo"),
+        (["train.microbatch_size=1"], None, "drop path of 0.3 is 0.5 of 2 global crops", "raise train.microbatch_size"),
         (["ibot.mask_sample_probability=0.001"], None, "no patch is ever masked", "0.0078"),
         (["performance.precision=fp16"], None, "fp16 with KoLeo", "bf16"),
         (["dino.loss_weight=0"], None, "unstable", "dino.loss_weight=1"),

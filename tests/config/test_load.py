@@ -198,6 +198,9 @@ def test_keys_that_changed_nothing_are_told_only_when_set_otherwise(tmp_path: Pa
     name = "compute_precision.student.backbone.mixed_precision.param_dtype"
     assert "is for the whole model" in load_config(None, [f"{name}=fp32"]).notices[0]
     assert "changes nothing" in load_config(None, [f"{name}=fp32", "performance.precision=bf16"]).notices[0]
+    word = "compute_precision.student.backbone.sharding_strategy=FULL_SHARD"
+    assert "is for the whole model" in load_config(None, [word]).notices[0]
+    assert "parallelism.strategy=ddp is set" in load_config(None, [word, "parallelism.strategy=ddp"]).notices[0]
 
 
 def test_every_key_has_one_line_of_meaning() -> None:
