@@ -4,8 +4,8 @@ import os
 import pickle
 import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -71,17 +71,20 @@ def test_from_one_file_to_shares_and_back(tmp_path: Path) -> None:
         assert path is None
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[], None]]:
-    """Makes this process's files end at 1,000 bytes, until the test is over."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Makes this process's files end at 1,000 bytes; pytest's report, too, so for no longer than needed."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("to_shares", [True, False])
-def test_no_room_for_the_other_shape(tmp_path: Path, to_shares: bool, full_disk: Callable[[], None]) -> None:
+def test_no_room_for_the_other_shape(tmp_path: Path, to_shares: bool) -> None:
     checkpoint = tmp_path / "iteration-00000004"
     content = state(model={"x": torch.randn(4096)})
     if to_shares:
@@ -89,9 +92,8 @@ def test_no_room_for_the_other_shape(tmp_path: Path, to_shares: bool, full_disk:
         torch.save(content, checkpoint / STATE)
     else:
         in_shares(checkpoint, content)
-    full_disk()
     refused = pytest.raises(ConfigError, match=r"Make room.*parallelism\.strategy")
-    with refused, state_to_load(checkpoint, shares=to_shares):
+    with refused, full_disk(), state_to_load(checkpoint, shares=to_shares):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["iteration-00000004"]
 
