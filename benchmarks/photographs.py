@@ -20,7 +20,7 @@ def photograph(seed: int, width: int = 500, height: int = 375) -> Image.Image:
         noise = np.fft.rfft2(rng.standard_normal((height, width)))  # [H, W / 2 + 1]
         plane = np.fft.irfft2(noise * fall, s=(height, width))  # [H, W]
         planes.append(plane * (deviation / plane.std()))
-    pixels = np.stack(planes, -1) + [115.0, 128.0, 128.0]  # [H, W, 3], luma and colour differences
+    pixels = np.stack(planes, -1) + np.array([115.0, 128.0, 128.0])  # [H, W, 3], luma and colour differences
     for _ in range(_SHAPES):
         centre, radius = rng.uniform(0, (height, width)), rng.uniform(0.03, 0.2) * height
         y, x = np.ogrid[:height, :width]

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from dinocomp.data.pixels import adjust_hue, gaussian_blur
+from dinocomp.data import pixels as operations
 from dinocomp.errors import ConfigError
 
 GLOBAL_CROPS = 2  # the losses pair exactly two views
@@ -79,12 +80,17 @@ class CropParameters:
     blur_sigma: float | None
     solarize: bool
 
+    @property
+    def colours(self) -> bool:
+        """Whether anything happens behind cutting."""
+        return bool(self.jitter) or self.grayscale or self.blur_sigma is not None or self.solarize
+
 
 _JITTER = {
-    "brightness": F.adjust_brightness,
-    "contrast": F.adjust_contrast,
-    "saturation": F.adjust_saturation,
-    "hue": adjust_hue,
+    "brightness": operations.brightness,
+    "contrast": operations.contrast,
+    "saturation": operations.saturation,
+    "hue": operations.hue,
 }
 
 
@@ -100,17 +106,27 @@ def multi_crop(
     Returns:
         global crops uint8 [2, 3, G, G] (two independent draws) and local crops uint8 [L, 3, l, l] (L may be 0).
     """
-    height, width = image.shape[-2:]
-    large = [
-        apply_crop(image, settings.global_crops_size, draw_crop(height, width, settings, view, rng), settings)
-        for view in range(GLOBAL_CROPS)
-    ]  # 2 x [3, G, G]
-    size = settings.local_crops_size
-    small = [
-        apply_crop(image, size, draw_crop(height, width, settings, None, rng), settings)
-        for _ in range(settings.local_crops_number)
-    ]  # L x [3, l, l]
-    return torch.stack(large), torch.stack(small) if small else image.new_empty((0, 3, size, size))
+    global_crops, local_crops = empty_crops(settings)
+    drawn = draw_crops(*image.shape[-2:], settings, rng)
+    for crop, parameters in zip((*global_crops, *local_crops), drawn, strict=True):
+        cut(image, parameters, crop)
+        colour(crop, parameters, settings)
+    return global_crops, local_crops
+
+
+def empty_crops(settings: CropSettings, *images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the crops of an image, or of `images` images: uint8 [.., 2, 3, G, G] and [.., L, 3, l, l]."""
+    large, small = settings.global_crops_size, settings.local_crops_size
+    return (
+        torch.empty((*images, GLOBAL_CROPS, 3, large, large), dtype=torch.uint8),
+        torch.empty((*images, settings.local_crops_number, 3, small, small), dtype=torch.uint8),
+    )
+
+
+def draw_crops(height: int, width: int, settings: CropSettings, rng: np.random.Generator) -> list[CropParameters]:
+    """Draw all crops of an image of `height` x `width`: the global ones, then the local ones."""
+    views = (*range(GLOBAL_CROPS), *[None] * settings.local_crops_number)
+    return [draw_crop(height, width, settings, view, rng) for view in views]
 
 
 def draw_crop(
@@ -164,20 +180,34 @@ def draw_jitter(settings: CropSettings, rng: np.random.Generator) -> tuple[tuple
 
 def apply_crop(image: torch.Tensor, size: int, parameters: CropParameters, settings: CropSettings) -> torch.Tensor:
     """Carry out one drawn crop: uint8 [3, H, W] -> uint8 [3, size, size]."""
-    bicubic = InterpolationMode.BICUBIC
-    crop = F.resized_crop(image, *parameters.box, [size, size], bicubic, antialias=True)  # [3, size, size]
-    crop = crop.contiguous()  # the resize keeps channels last; the colour operations are faster on planes
-    if parameters.flip:
-        crop = F.horizontal_flip(crop)  # [3, size, size], as all below
-    for name, factor in parameters.jitter:
-        crop = _JITTER[name](crop, factor)
-    if parameters.grayscale:
-        crop = F.rgb_to_grayscale(crop, num_output_channels=3)
-    if parameters.blur_sigma is not None:
-        crop = gaussian_blur(crop, settings.blur_kernel_size, parameters.blur_sigma)
-    if parameters.solarize:
-        crop = F.solarize(crop, float(settings.solarize_threshold))
+    crop = torch.empty((3, size, size), dtype=torch.uint8)
+    cut(image, parameters, crop)
+    colour(crop, parameters, settings)
     return crop
+
+
+def cut(image: torch.Tensor, parameters: CropParameters, crop: torch.Tensor) -> None:
+    """Fill `crop`, uint8 [3, size, size], with its box of the image, uint8 [3, H, W], flipped or not."""
+    top, left, height, width = parameters.box
+    box = image[None, :, top : top + height, left : left + width]  # [1, 3, height, width]
+    resized = interpolate(box, crop.shape[-2:], mode="bicubic", antialias=True)[0]  # [3, size, size]
+    crop.copy_(resized.flip(-1) if parameters.flip else resized)
+
+
+def colour(crop: torch.Tensor, parameters: CropParameters, settings: CropSettings) -> None:
+    """Change the colours of `crop`, uint8 [3, size, size], as drawn: everything behind `cut`."""
+    if not parameters.colours:
+        return
+    pixels = operations.to_pixels(crop)  # [3, size, size], as all below
+    for name, factor in parameters.jitter:
+        pixels = _JITTER[name](pixels, factor)
+    if parameters.grayscale:
+        pixels = operations.grey(pixels)
+    if parameters.blur_sigma is not None:
+        pixels = operations.blur(pixels, settings.blur_kernel_size, parameters.blur_sigma)
+    if parameters.solarize:
+        pixels = operations.solarize(pixels, settings.solarize_threshold)
+    crop.copy_(operations.to_crop(pixels))
 
 
 def evaluation_view(image: torch.Tensor, resize: int, crop: int) -> torch.Tensor:

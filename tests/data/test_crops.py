@@ -8,8 +8,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import ColorJitter, GaussianBlur, Grayscale, InterpolationMode, RandomSolarize
 from torchvision.transforms.v2 import functional as F
 
+from dinocomp.data import pixels
 from dinocomp.data.crops import CropParameters, CropSettings, apply_crop, draw_box, draw_crop, draw_jitter, multi_crop
-from dinocomp.data.pixels import adjust_hue, gaussian_blur
 from dinocomp.errors import ConfigError
 
 SMALL = CropSettings(global_crops_size=32, local_crops_size=16, local_crops_number=3)
@@ -26,14 +26,22 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(difference.max() <= 1 and (difference > 0).float().mean() < 0.002)
 
 
+def adjust_hue(image: torch.Tensor, turn: float) -> torch.Tensor:
+    return pixels.to_crop(pixels.hue(pixels.to_pixels(image), turn))
+
+
+def gaussian_blur(image: torch.Tensor, kernel_size: int, sigma: float) -> torch.Tensor:
+    return pixels.to_crop(pixels.blur(pixels.to_pixels(image), kernel_size, sigma))
+
+
 @pytest.mark.parametrize("size", [(5, 9), (31, 64), (224, 224)])
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.5, 0.7, 0.75, 0.76, 2.0])
 def test_blur_is_torchvisions(size: tuple[int, int], sigma: float) -> None:
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert close(gaussian_blur(image, 9, sigma), F.gaussian_blur(image, [9, 9], [sigma, sigma]))
 
 
-@pytest.mark.parametrize("factor", [-0.5, -0.1, 0.0, 0.0371, 0.1, 0.5])
+@pytest.mark.parametrize("factor", [-0.5, -0.37, -0.1, 0.0, 0.0371, 0.1, 0.42, 0.5])
 def test_hue_is_torchvisions(factor: float) -> None:
     image = torch.randint(0, 256, (3, 200, 200), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image[:, :50] = image[:1, :50]  # grey
