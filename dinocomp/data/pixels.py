@@ -1,6 +1,6 @@
 """What augmentation does to the colours of one crop, made cheap on one core.
 
-All take and give fp32 [3, H, W] that holds whole numbers from 0 to 255, so that a crop is converted once and not at
+All take and give fp32 [3, H, W] that hold whole numbers from 0 to 255, so that a crop is converted once and not at
 every operation, and may change what they are given. Each gives torchvision's result on uint8 up to rounding: no value
 differs by more than 1, and hardly any does. Nothing here selects by a condition, which costs several times as much as
 arithmetic.
@@ -29,8 +29,8 @@ def to_crop(pixels: Tensor) -> Tensor:
 
 
 def grey_plane(pixels: Tensor) -> Tensor:
-    """The grey value of each pixel, [H, W], rounded down."""
-    red, green, blue = pixels
+    """The grey value of each pixel, rounded down: [..., 3, H, W] -> [..., H, W]."""
+    red, green, blue = pixels.unbind(-3)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).floor_()
 
 
@@ -51,25 +51,29 @@ def saturation(pixels: Tensor, factor: float) -> Tensor:
     return _steps(pixels.mul_(factor).add_(plane.mul_(1 - factor)))
 
 
-def hue(pixels: Tensor, turn: float) -> Tensor:
-    """Turn the hue (of the HSV colour model) by `turn` of a full circle, from -0.5 to 0.5.
+def hue(pixels: Tensor, turn: float | Tensor) -> Tensor:
+    """Turn the hue (of the HSV colour model) by `turn` of a full circle, from -0.5 to 0.5. No turn changes nothing.
 
     With value v, chroma c and hue h, a channel is v - c * clamp(2 - 6 d, 0, 1), where d is the distance on the circle
     of h from the hue where the channel is smallest (cyan, magenta, yellow): there is no need for six cases. Nor on the
     way there: seen from the larger of green and blue, h or -h is one formula.
+
+    Args:
+        pixels: [..., 3, H, W].
+        turn: one for all, or of each crop, [..., 1, 1].
     """
-    red, green, blue = pixels
-    larger, smaller = torch.maximum(green, blue), torch.minimum(green, blue)  # [H, W] each, as all below
+    red, green, blue = pixels.unbind(-3)
+    larger, smaller = torch.maximum(green, blue), torch.minimum(green, blue)  # [..., H, W] each, as all below
     value = torch.maximum(red, larger)
     chroma = value - torch.minimum(red, smaller)
     bluish = green.clone().lt_(blue)  # 1 or 0
     unred = red.clone().lt_(larger)
     angle = torch.minimum(red, larger).sub_(smaller).div_(chroma.clamp(min=1.0).mul_(6))  # grey: 0
     angle.add_(unred.mul_((bluish * 2).sub_(1 / 3))).sub_(bluish).abs_()  # h, in turns
-    turned = torch.stack([angle + (start + turn) for start in HUE_STARTS])  # [3, H, W], as all below
+    turned = torch.stack([angle + (start + turn) for start in HUE_STARTS], -3)  # [..., 3, H, W], as all below
     turned.sub_(turned.round()).abs_()  # d
-    turned.mul_(-6).add_(2).clamp_(0, 1).mul_(chroma)
-    return torch.sub(value, turned, out=turned).mul_(TO_STEPS).trunc_()
+    turned.mul_(-6).add_(2).clamp_(0, 1).mul_(chroma.unsqueeze(-3))
+    return turned.neg_().add_(value.unsqueeze(-3)).mul_(TO_STEPS).trunc_()
 
 
 def grey(pixels: Tensor) -> Tensor:
