@@ -26,11 +26,19 @@ def open_run(output: Path, **changes) -> Run:
     return build_run(config, check_start(config))
 
 
-@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, centering: str, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "changes"),
+    [
+        (0, {"train__centering": "centering"}),
+        (2, {"train__centering": "centering"}),
+        (0, {"train__centering": "sinkhorn_knopp"}),
+        (2, {"train__centering": "sinkhorn_knopp"}),
+        (2, {"train__centering": "sinkhorn_knopp", "performance__device_augment": "true", "train__microbatch_size": 4}),
+    ],
+)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, workers: int, changes: dict) -> None:
     """Bit for bit: weights, optimizer, centres; with drop path and masks drawn on the way."""
-    changes = {"train__centering": centering, "train__num_workers": workers, "ibot__separate_head": "true"}
+    changes = {"train__num_workers": workers, "ibot__separate_head": "true", **changes}
 
     def run(output: Path, iterations: int | None) -> None:
         dist.initialize_dist(get_device("cpu"))

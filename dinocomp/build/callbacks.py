@@ -100,7 +100,7 @@ def build_callbacks(
     return Callbacks(
         random_state=RestoreRandomState(),
         schedules=ApplySchedules(model, schedules, multipliers),
-        picture=FirstBatchPicture(output / "pictures" / "first_batch.png"),
+        picture=FirstBatchPicture(output / "pictures" / "first_batch.png", model.colours),
         bad_images=bad_images,
         micro_batches=MicroBatches(model),
         clip=clip,

@@ -68,4 +68,5 @@ def build_loader(config: Config, images: Images, *, pin_memory: bool) -> DataLoa
         timeout_seconds=config.data.timeout_seconds,
         pin_memory=pin_memory,
         skip_bad=config.data.on_bad_image == "skip",
+        device_augment=config.performance.device_augment,
     )

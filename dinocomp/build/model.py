@@ -11,6 +11,7 @@ from dinocomp.data import max_masked_patches
 from dinocomp.interop import load_backbone, load_run
 from dinocomp.method import DINOv2, LossWeights, Networks
 from dinocomp.method.losses import Centering, SinkhornKnopp, build_targets
+from dinocomp.method.pixels import Colours
 from dinocomp.models import DINOHead, VisionTransformer
 
 
@@ -109,6 +110,7 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
         std=config.crops.std,
         max_masked=_max_masked(config, world_size),
         koleo_distributed=config.dino.koleo_distributed,
+        colours=_colours(config) if config.performance.device_augment else None,
     )
     if initial_weights and config.MODEL.WEIGHTS:
         load_run(
@@ -118,6 +120,11 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
             config.MODEL.WEIGHTS,
         )
     return model
+
+
+def _colours(config: Config) -> Colours:
+    blurred = max(config.crops.blur_probability) > 0
+    return Colours(config.crops.blur_kernel_size if blurred else 1, config.crops.solarize_threshold)
 
 
 def _max_masked(config: Config, world_size: int) -> dict[int, int]:

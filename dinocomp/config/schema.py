@@ -323,6 +323,11 @@ class Performance:
     attention: str = key(
         "auto", "attention kernel (auto = xformers on GPU where installed)", choices=("auto", "xformers", "sdpa")
     )
+    device_augment: bool = key(
+        False,
+        "change the crops' colours on the training device instead of in the data workers: several times as many images "
+        "a core, the same augmentation",
+    )
 
 
 @dataclass(frozen=True)

@@ -97,36 +97,41 @@ _JITTER = {
 def multi_crop(
     image: torch.Tensor, settings: CropSettings, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw all crops of one image.
+    """Draw all crops of one image, uint8 [3, H, W], and carry them out; see `draw_crops` and `make_crops`."""
+    return make_crops(image, draw_crops(*image.shape[-2:], settings, rng), settings)
+
+
+def draw_crops(height: int, width: int, settings: CropSettings, rng: np.random.Generator) -> list[CropParameters]:
+    """Draw all crops of an image of `height` x `width`: the global ones, then the local ones.
+
+    Args:
+        rng: the only source of randomness; the same state gives the same crops.
+    """
+    views = (*range(GLOBAL_CROPS), *[None] * settings.local_crops_number)
+    return [draw_crop(height, width, settings, view, rng) for view in views]
+
+
+def make_crops(
+    image: torch.Tensor, drawn: Sequence[CropParameters], settings: CropSettings, *, colours: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Carry out all crops of one image.
 
     Args:
         image: uint8 [3, H, W].
-        rng: the only source of randomness; the same state gives the same crops.
+        drawn: of the global crops, then of the local ones, for an image of that size.
+        colours: whether to change them; else crops are only cut and flipped.
 
     Returns:
         global crops uint8 [2, 3, G, G] (two independent draws) and local crops uint8 [L, 3, l, l] (L may be 0).
     """
-    global_crops, local_crops = empty_crops(settings)
-    drawn = draw_crops(*image.shape[-2:], settings, rng)
+    large, small = settings.global_crops_size, settings.local_crops_size
+    global_crops = torch.empty((GLOBAL_CROPS, 3, large, large), dtype=torch.uint8)
+    local_crops = torch.empty((settings.local_crops_number, 3, small, small), dtype=torch.uint8)
     for crop, parameters in zip((*global_crops, *local_crops), drawn, strict=True):
         cut(image, parameters, crop)
-        colour(crop, parameters, settings)
+        if colours:
+            colour(crop, parameters, settings)
     return global_crops, local_crops
-
-
-def empty_crops(settings: CropSettings, *images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the crops of an image, or of `images` images: uint8 [.., 2, 3, G, G] and [.., L, 3, l, l]."""
-    large, small = settings.global_crops_size, settings.local_crops_size
-    return (
-        torch.empty((*images, GLOBAL_CROPS, 3, large, large), dtype=torch.uint8),
-        torch.empty((*images, settings.local_crops_number, 3, small, small), dtype=torch.uint8),
-    )
-
-
-def draw_crops(height: int, width: int, settings: CropSettings, rng: np.random.Generator) -> list[CropParameters]:
-    """Draw all crops of an image of `height` x `width`: the global ones, then the local ones."""
-    views = (*range(GLOBAL_CROPS), *[None] * settings.local_crops_number)
-    return [draw_crop(height, width, settings, view, rng) for view in views]
 
 
 def draw_crop(

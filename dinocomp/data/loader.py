@@ -5,10 +5,11 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dinocomp.data.batch import Batch
-from dinocomp.data.crops import CropSettings, multi_crop
+from dinocomp.data.crops import GLOBAL_CROPS, CropSettings, draw_crops, make_crops
+from dinocomp.data.device import pack
 from dinocomp.data.masks import MaskSettings, batch_masks
 from dinocomp.data.order import Place, TrainingOrder
 from dinocomp.data.reader import BadImage, Images
@@ -16,12 +17,11 @@ from dinocomp.data.workers import PlainLoader
 from dinocomp.errors import DataError
 
 _CROP_STREAM, _REPLACEMENT_STREAM = 104, 105  # keep these draws apart from those of order and masks
+_STACKED = {"global_crops", "local_crops", "global_colours", "local_colours"}
 _REPLACEMENTS = 10  # images tried in the place of a bad one
 
 
-class Crops(TypedDict):
-    """What one sample contributes to a batch."""
-
+class _Crops(TypedDict):
     position: int
     index: int
     replaced: int
@@ -29,21 +29,37 @@ class Crops(TypedDict):
     local_crops: torch.Tensor  # uint8 [L, 3, l, l]
 
 
+class Crops(_Crops, total=False):
+    """What one sample contributes to a batch."""
+
+    global_colours: torch.Tensor  # fp32 [2, P]; where the device does them
+    local_colours: torch.Tensor  # fp32 [L, P]
+
+
 class MultiCropDataset(Dataset):
     """Maps a place of the run to its crops, and remembers where a resumed run goes on.
 
     Crops are a function of (seed, pass, sample): not of the rank, the worker or what was drawn before. So is the image
-    that takes the place of a bad one, if `skip_bad`; else a bad one is an error.
+    that takes the place of a bad one, if `skip_bad`; else a bad one is an error. With `device_augment` crops have their
+    own colours, and what was drawn for them goes with them.
     """
 
     def __init__(
-        self, images: Images, crops: CropSettings, *, seed: int, global_batch: int, skip_bad: bool = False
+        self,
+        images: Images,
+        crops: CropSettings,
+        *,
+        seed: int,
+        global_batch: int,
+        skip_bad: bool = False,
+        device_augment: bool = False,
     ) -> None:
         self.images = images
         self.crops = crops
         self.seed = seed
         self.global_batch = global_batch
         self.skip_bad = skip_bad
+        self.device_augment = device_augment
         self.position = 0  # images consumed by all ranks when the loader's iteration began
         self.iteration = 0  # iterations done by then
 
@@ -54,11 +70,14 @@ class MultiCropDataset(Dataset):
         position, passes, sample = place
         rng = np.random.default_rng((self.seed, _CROP_STREAM, passes, sample))
         shown, image = self._shown(passes, sample)
-        global_crops, local_crops = multi_crop(image, self.crops, rng)  # [2, 3, G, G], [L, 3, l, l]
+        drawn = draw_crops(*image.shape[-2:], self.crops, rng)
+        large, small = make_crops(image, drawn, self.crops, colours=not self.device_augment)
         replaced = -1 if shown == sample else sample
-        return Crops(
-            position=position, index=shown, replaced=replaced, global_crops=global_crops, local_crops=local_crops
-        )
+        found = Crops(position=position, index=shown, replaced=replaced, global_crops=large, local_crops=small)
+        if self.device_augment:
+            packed = torch.tensor([pack(parameters) for parameters in drawn])  # [2 + L, P]
+            found |= {"global_colours": packed[:GLOBAL_CROPS], "local_colours": packed[GLOBAL_CROPS:]}
+        return found
 
     def _shown(self, passes: int, sample: int) -> tuple[int, torch.Tensor]:
         """The sample, or the one that takes its place, and its pixels: uint8 [3, H, W]."""
@@ -113,9 +132,10 @@ class Collate:
         places = [self.dataset.step_and_slot(sample["position"]) for sample in samples]
         slots = np.array([slot for _, slot in places])  # [B]
         masks = batch_masks(self.masks, self.dataset.seed, places[0][0], self.dataset.global_batch, slots)  # [B, 2, N]
+        # In a worker torch's own collation stacks in the memory that both processes see, which saves one copy.
+        stacked = {name: default_collate([sample[name] for sample in samples]) for name in _STACKED & samples[0].keys()}
         return Batch(
-            global_crops=torch.stack([sample["global_crops"] for sample in samples]),  # [B, 2, 3, G, G]
-            local_crops=torch.stack([sample["local_crops"] for sample in samples]),  # [B, L, 3, l, l]
+            **stacked,
             masks=torch.from_numpy(masks),  # [B, 2, N]
             index=torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),  # [B]
             replaced=torch.tensor([sample["replaced"] for sample in samples], dtype=torch.int64),  # [B]
@@ -137,6 +157,7 @@ def training_loader(
     timeout_seconds: float = 0,
     pin_memory: bool = False,
     skip_bad: bool = False,
+    device_augment: bool = False,
 ) -> DataLoader:
     """The loader of one rank; its batches are `Batch`es, the same ones for any number of workers.
 
@@ -147,11 +168,19 @@ def training_loader(
         prefetch_factor: batches each worker prepares ahead.
         timeout_seconds: fail when a worker takes longer than this for a batch; 0 waits for ever.
         skip_bad: whether another image takes the place of one that cannot be decoded; else that is an error.
+        device_augment: whether the device changes the crops' colours; batches then say how.
 
     Raises:
         DataError: there are no images.
     """
-    dataset = MultiCropDataset(images, crops, seed=seed, global_batch=batch_size * world_size, skip_bad=skip_bad)
+    dataset = MultiCropDataset(
+        images,
+        crops,
+        seed=seed,
+        global_batch=batch_size * world_size,
+        skip_bad=skip_bad,
+        device_augment=device_augment,
+    )
     order = TrainingOrder(
         dataset,
         samples=len(images),

@@ -21,6 +21,7 @@ from dinocomp.method.losses import (
     with_gradient,
 )
 from dinocomp.method.parts import MaskedRows, Part, TeacherRows, look_ahead
+from dinocomp.method.pixels import Colours, Normalize
 from dinocomp.method.shell import Shell, whole_weights
 from dinocomp.models import DINOHead, Tokens, VisionTransformer
 
@@ -41,18 +42,6 @@ class LossWeights:
     dino: float
     ibot: float
     koleo: float
-
-
-class Normalize(nn.Module):
-    """uint8 pixels to (x / 255 - mean) / std, fp32: [..., C, H, W] -> the same."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.float() / 255 - self.mean) / self.std
 
 
 @dataclass
@@ -84,6 +73,7 @@ class DINOv2(ComposerModel):
         max_masked: most masked patches that so many images on a rank can have, by number of images; they are counted in
             every batch of another number.
         koleo_distributed: whether KoLeo looks for neighbours among the images of all ranks.
+        colours: what changes the crops' colours here, where the workers did not; batches then say how.
 
     Attributes:
         teacher_temp, momentum: of the present iteration; a callback sets them, until then they are None.
@@ -105,6 +95,7 @@ class DINOv2(ComposerModel):
         std: tuple[float, ...],
         max_masked: Mapping[int, int],
         koleo_distributed: bool = False,
+        colours: Colours | None = None,
     ) -> None:
         super().__init__()
         self.weights = weights
@@ -118,6 +109,7 @@ class DINOv2(ComposerModel):
         self._gauges = TeacherGauges()
         self._parts: deque[Part] = deque()  # of the micro-batches to come
 
+        self.colours = colours
         self.normalize = Normalize(mean, std)
         self.dino_targets = dino_targets
         self.ibot_targets = ibot_targets
@@ -150,7 +142,8 @@ class DINOv2(ComposerModel):
 
     def unsharded(self) -> tuple[nn.Module, ...]:
         """The modules without weights."""
-        return self.normalize, self.dino_targets, self.ibot_targets
+        modules = (self.colours, self.normalize, self.dino_targets, self.ibot_targets)
+        return tuple(module for module in modules if module is not None)
 
     def targets(self) -> dict[str, Centering | SinkhornKnopp]:
         """What makes targets of the teacher's logits, by loss ("dino", "ibot"), of those that are on."""
@@ -169,12 +162,19 @@ class DINOv2(ComposerModel):
         self.forget_batch()
         self._parts = deque(look_ahead(self, batches, to_device))
 
+    def _pixels(self, batch: Batch, kind: str) -> Tensor:
+        """What the networks see of the `global` or the `local` crops, crop-major: [2B, C, G, G] or [L * B, C, l, l]."""
+        crops = _crop_major(batch[f"{kind}_crops"])
+        if self.colours is not None:
+            crops = self.colours(crops, _crop_major(batch[f"{kind}_colours"]))
+        return self.normalize(crops)
+
     def global_inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None, MaskedRows | None]:
         """What the networks see of the global crops: pixels [2B, C, G, G], crop-major, masks [2B, N] and their rows."""
-        crops = self.normalize(batch["global_crops"].transpose(0, 1).flatten(0, 1))  # [2B, C, G, G]
+        crops = self._pixels(batch, "global")
         if not self.weights.ibot:
             return crops, None, None
-        masks = batch["masks"].transpose(0, 1).flatten(0, 1)  # [2B, N]
+        masks = _crop_major(batch["masks"])  # [2B, N]
         return crops, masks, MaskedRows.of(masks, self.max_masked.get(len(crops) // 2))
 
     def ask_teacher(self, crops: Tensor, masked: MaskedRows | None) -> TeacherRows:
@@ -201,8 +201,7 @@ class DINOv2(ComposerModel):
         student_crops, student_masks, kept = [crops], [masks], [part.kept]
         num_local = batch["local_crops"].shape[1] if self.weights.dino else 0
         if num_local:
-            local_crops = batch["local_crops"].transpose(0, 1).flatten(0, 1)  # [L * B, C, l, l]
-            student_crops.append(self.normalize(local_crops))
+            student_crops.append(self._pixels(batch, "local"))
             student_masks.append(None)
             kept.append(None)
         tokens: list[Tokens] = self.student_backbone(student_crops, student_masks, kept)
@@ -300,6 +299,11 @@ class DINOv2(ComposerModel):
     def _parameters_of(self, role: str) -> Iterator[nn.Parameter]:
         for net in self.networks(role).values():
             yield from net.parameters()
+
+
+def _crop_major(field: Tensor) -> Tensor:
+    """[B, crops, ...] -> [crops * B, ...]."""
+    return field.transpose(0, 1).flatten(0, 1)
 
 
 def _masked_patches(tokens: Tokens, masked: MaskedRows | None) -> Tensor | None:

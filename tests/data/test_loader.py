@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data._utils import worker as torch_worker
 
 from dinocomp.data import CropSettings, MaskSettings, batch_masks, multi_crop, open_images, training_loader
+from dinocomp.data.device import DRAWN, colour_crops
 from dinocomp.data.images import decode_rgb
 from dinocomp.data.loader import Batch
 from dinocomp.data.order import TrainingOrder, uniform_permutation
@@ -132,11 +133,27 @@ def test_batch_is_crops_and_masks_of_its_places(images: Images) -> None:
     assert torch.equal(batch["global_crops"][1], large) and torch.equal(batch["local_crops"][1], small)
 
 
-def test_workers_do_not_matter(images: Images) -> None:
-    alone = list(loader(images))
+def test_the_device_makes_of_a_batch_what_the_workers_do(images: Images) -> None:
+    """The same crops and flips, with what was drawn of their colours beside them."""
+    batch, ours = next(iter(loader(images))), next(iter(loader(images, device_augment=True)))
+    assert ours.keys() - batch.keys() == {"global_colours", "local_colours"}
+    for name in ("masks", "index", "replaced"):
+        assert torch.equal(ours[name], batch[name])
+    for kind in ("global", "local"):
+        crops, drawn = ours[f"{kind}_crops"], ours[f"{kind}_colours"]  # [4, 2, 3, side, side], [4, 2, P]
+        assert drawn.dtype == torch.float32 and drawn.shape == (4, 2, DRAWN)
+        assert not torch.equal(crops, batch[f"{kind}_crops"])
+        coloured = colour_crops(crops.flatten(0, 1), drawn.flatten(0, 1), CROPS.blur_kernel_size, 128)
+        difference = (coloured.view_as(crops).int() - batch[f"{kind}_crops"].int()).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 0.002
+
+
+@pytest.mark.parametrize("device_augment", [False, True])
+def test_workers_do_not_matter(images: Images, device_augment: bool) -> None:
+    alone = list(loader(images, device_augment=device_augment))
     assert len(alone) == 5
     for workers in (1, 2):
-        again = list(loader(images, num_workers=workers, timeout_seconds=60))
+        again = list(loader(images, num_workers=workers, timeout_seconds=60, device_augment=device_augment))
         assert all(same(a, b) for a, b in zip(alone, again, strict=True))
 
 

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from dinocomp.build import build_model, mask_settings
+from dinocomp.build import build_model, crop_settings, mask_settings
+from dinocomp.callbacks.pictures import coloured
 from dinocomp.config import load_config
 from dinocomp.data import Batch, batch_masks, max_masked_patches
+from dinocomp.data.crops import draw_crops
+from dinocomp.data.device import pack
 from dinocomp.method import DINOv2
 from dinocomp.method.ema import ema_update
 from dinocomp.method.parts import MaskedRows
@@ -30,12 +33,19 @@ def noise(config, batch_size: int, step: int) -> Batch:
         return torch.randint(256, (batch_size, count, 3, side, side), dtype=torch.uint8)
 
     masks = batch_masks(mask_settings(config), 0, step, batch_size, np.arange(batch_size))
-    return Batch(
+    batch = Batch(
         global_crops=pixels(2, config.crops.global_crops_size),
         local_crops=pixels(config.crops.local_crops_number, config.crops.local_crops_size),
         masks=torch.from_numpy(masks),
         index=torch.arange(batch_size),
     )
+    if config.performance.device_augment:
+        settings, rng = crop_settings(config), np.random.default_rng(step)
+        drawn = torch.tensor(
+            [[pack(crop) for crop in draw_crops(32, 32, settings, rng)] for _ in range(batch_size)]
+        )  # [B, 2 + L, P]
+        batch |= {"global_colours": drawn[:, :2], "local_colours": drawn[:, 2:]}
+    return batch
 
 
 def test_masked_rows_and_their_weights() -> None:
@@ -47,6 +57,19 @@ def test_masked_rows_and_their_weights() -> None:
     assert exact.weight.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3])
     assert padded.weight.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0])
     assert len(MaskedRows.of(masks, 100).index) == 24, "no more rows than patches"
+
+
+def test_colours_are_changed_before_the_networks_see_the_crops() -> None:
+    """Of the global and the local crops alike: the terms are those of a model that is shown the changed ones."""
+    ours, batch = tiny(performance__device_augment="true")
+    terms = ours.loss(ours(batch), batch)
+    plain, _ = tiny()
+    shown = coloured(batch, ours.colours)
+    assert not torch.equal(shown["global_crops"], batch["global_crops"])
+    assert not torch.equal(shown["local_crops"], batch["local_crops"])
+    assert plain.loss(plain(shown), shown).keys() == terms.keys()
+    for name, term in ours.terms.items():
+        assert torch.equal(term, plain.terms[name]), name
 
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
