@@ -69,4 +69,5 @@ def build_loader(config: Config, images: Images, *, pin_memory: bool) -> DataLoa
         pin_memory=pin_memory,
         skip_bad=config.data.on_bad_image == "skip",
         device_augment=config.performance.device_augment,
+        scaled_decode=config.performance.scaled_decode,
     )

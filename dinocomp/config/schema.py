@@ -328,6 +328,11 @@ class Performance:
         "change the crops' colours on the training device instead of in the data workers: several times as many images "
         "a core, the same augmentation",
     )
+    scaled_decode: bool = key(
+        False,
+        "decode a JPEG at a half, quarter or eighth of its size where every crop has at least twice its pixels there: "
+        "for large images; crops differ by about one level in 255",
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Pixels are normalised later, on the device.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from dinocomp.data import pixels as operations
 from dinocomp.errors import ConfigError
 
 GLOBAL_CROPS = 2  # the losses pair exactly two views
+_REDUCTIONS = (8, 4, 2)  # what a JPEG decoder can divide an image's sides by
+_SPARE = 2.0  # pixels of a reduced box for each of its crop, at least, in both directions: about 50 dB of the whole box
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,29 @@ def draw_crops(height: int, width: int, settings: CropSettings, rng: np.random.G
     """
     views = (*range(GLOBAL_CROPS), *[None] * settings.local_crops_number)
     return [draw_crop(height, width, settings, view, rng) for view in views]
+
+
+def largest_reduction(drawn: Sequence[CropParameters], settings: CropSettings) -> int:
+    """By how much (1, 2, 4, 8) an image's sides may be divided so that each crop still has pixels to spare.
+
+    Args:
+        drawn: of the global crops, then of the local ones.
+    """
+    sizes = [settings.global_crops_size] * GLOBAL_CROPS + [settings.local_crops_size] * settings.local_crops_number
+    ratio = min(min(parameters.box[2:]) / size for parameters, size in zip(drawn, sizes, strict=True))
+    return next((by for by in _REDUCTIONS if ratio >= _SPARE * by), 1)
+
+
+def on_reduced(parameters: CropParameters, size: tuple[int, int], reduced: tuple[int, int]) -> CropParameters:
+    """What was drawn for an image of `size` (height, width), for the same one decoded at the size `reduced`.
+
+    The box's edges go to the nearest pixels.
+    """
+    down, across = (small / whole for small, whole in zip(reduced, size, strict=True))
+    top, left, height, width = parameters.box
+    top, bottom = round(top * down), round((top + height) * down)
+    left, right = round(left * across), round((left + width) * across)
+    return replace(parameters, box=(top, left, bottom - top, right - left))
 
 
 def make_crops(

@@ -8,7 +8,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dinocomp.data.batch import Batch
-from dinocomp.data.crops import GLOBAL_CROPS, CropSettings, draw_crops, make_crops
+from dinocomp.data.crops import (
+    GLOBAL_CROPS,
+    CropParameters,
+    CropSettings,
+    draw_crops,
+    largest_reduction,
+    make_crops,
+    on_reduced,
+)
 from dinocomp.data.device import pack
 from dinocomp.data.masks import MaskSettings, batch_masks
 from dinocomp.data.order import Place, TrainingOrder
@@ -41,7 +49,8 @@ class MultiCropDataset(Dataset):
 
     Crops are a function of (seed, pass, sample): not of the rank, the worker or what was drawn before. So is the image
     that takes the place of a bad one, if `skip_bad`; else a bad one is an error. With `device_augment` crops have their
-    own colours, and what was drawn for them goes with them.
+    own colours, and what was drawn for them goes with them. With `scaled_decode` JPEGs are decoded at a lower
+    resolution where that suffices for their crops.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class MultiCropDataset(Dataset):
         global_batch: int,
         skip_bad: bool = False,
         device_augment: bool = False,
+        scaled_decode: bool = False,
     ) -> None:
         self.images = images
         self.crops = crops
@@ -60,6 +70,7 @@ class MultiCropDataset(Dataset):
         self.global_batch = global_batch
         self.skip_bad = skip_bad
         self.device_augment = device_augment
+        self.scaled_decode = scaled_decode
         self.position = 0  # images consumed by all ranks when the loader's iteration began
         self.iteration = 0  # iterations done by then
 
@@ -68,9 +79,7 @@ class MultiCropDataset(Dataset):
 
     def __getitem__(self, place: Place) -> Crops:
         position, passes, sample = place
-        rng = np.random.default_rng((self.seed, _CROP_STREAM, passes, sample))
-        shown, image = self._shown(passes, sample)
-        drawn = draw_crops(*image.shape[-2:], self.crops, rng)
+        shown, image, drawn = self._shown(passes, sample)
         large, small = make_crops(image, drawn, self.crops, colours=not self.device_augment)
         replaced = -1 if shown == sample else sample
         found = Crops(position=position, index=shown, replaced=replaced, global_crops=large, local_crops=small)
@@ -79,10 +88,10 @@ class MultiCropDataset(Dataset):
             found |= {"global_colours": packed[:GLOBAL_CROPS], "local_colours": packed[GLOBAL_CROPS:]}
         return found
 
-    def _shown(self, passes: int, sample: int) -> tuple[int, torch.Tensor]:
-        """The sample, or the one that takes its place, and its pixels: uint8 [3, H, W]."""
+    def _shown(self, passes: int, sample: int) -> tuple[int, torch.Tensor, list[CropParameters]]:
+        """The sample, or the one that takes its place, its pixels, uint8 [3, H, W], and the crops drawn for them."""
         try:
-            return sample, self.images.decode(sample)[1]
+            return sample, *self._opened(sample, passes, sample)
         except BadImage as error:
             if not self.skip_bad:
                 raise
@@ -90,13 +99,35 @@ class MultiCropDataset(Dataset):
         rng = np.random.default_rng((self.seed, _REPLACEMENT_STREAM, passes, sample))
         for other in rng.integers(len(self.images), size=_REPLACEMENTS).tolist():
             try:
-                return other, self.images.decode(other)[1]
+                return other, *self._opened(other, passes, sample)
             except BadImage:
                 continue
         raise DataError(
             f"{first} {_REPLACEMENTS} others, drawn to take its place, cannot be decoded either: see whether "
             f"{self.images.path} holds images at all"
         )
+
+    def _opened(self, index: int, passes: int, sample: int) -> tuple[torch.Tensor, list[CropParameters]]:
+        """Pixels of a stored image, uint8 [3, H, W], and the crops drawn for the sample in whose place it is shown."""
+
+        def draw(height: int, width: int) -> list[CropParameters]:
+            rng = np.random.default_rng((self.seed, _CROP_STREAM, passes, sample))
+            return draw_crops(height, width, self.crops, rng)
+
+        if not self.scaled_decode:
+            image = self.images.decode(index)[1]  # [3, H, W]
+            return image, draw(*image.shape[-2:])
+
+        size, drawn = (0, 0), []
+
+        def reduction(height: int, width: int) -> int:
+            nonlocal size, drawn
+            size, drawn = (height, width), draw(height, width)
+            return largest_reduction(drawn, self.crops)
+
+        image = self.images.decode(index, reduction)[1]  # [3, H, W], perhaps reduced
+        reduced = tuple(image.shape[-2:])
+        return image, drawn if reduced == size else [on_reduced(p, size, reduced) for p in drawn]
 
     def step_and_slot(self, position: int) -> tuple[int, int]:
         """Iteration of the run and place in its global batch of a position at or behind the starting point."""
@@ -158,6 +189,7 @@ def training_loader(
     pin_memory: bool = False,
     skip_bad: bool = False,
     device_augment: bool = False,
+    scaled_decode: bool = False,
 ) -> DataLoader:
     """The loader of one rank; its batches are `Batch`es, the same ones for any number of workers.
 
@@ -169,6 +201,7 @@ def training_loader(
         timeout_seconds: fail when a worker takes longer than this for a batch; 0 waits for ever.
         skip_bad: whether another image takes the place of one that cannot be decoded; else that is an error.
         device_augment: whether the device changes the crops' colours; batches then say how.
+        scaled_decode: whether JPEGs are decoded at a lower resolution where that suffices for their crops.
 
     Raises:
         DataError: there are no images.
@@ -180,6 +213,7 @@ def training_loader(
         global_batch=batch_size * world_size,
         skip_bad=skip_bad,
         device_augment=device_augment,
+        scaled_decode=scaled_decode,
     )
     order = TrainingOrder(
         dataset,

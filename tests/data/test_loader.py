@@ -17,13 +17,13 @@ from torch.utils.data._utils import worker as torch_worker
 
 from dinocomp.data import CropSettings, MaskSettings, batch_masks, multi_crop, open_images, training_loader
 from dinocomp.data.device import DRAWN, colour_crops
-from dinocomp.data.images import decode_rgb
-from dinocomp.data.loader import Batch
+from dinocomp.data.images import Reduction, decode_rgb
+from dinocomp.data.loader import Batch, MultiCropDataset
 from dinocomp.data.order import TrainingOrder, uniform_permutation
 from dinocomp.data.reader import Images, Sample
 from dinocomp.errors import DataError
 
-from .conftest import process
+from .conftest import image_bytes, process
 
 CROPS = CropSettings(global_crops_size=16, local_crops_size=8, local_crops_number=2)
 MASKS = MaskSettings((8, 8))
@@ -218,6 +218,23 @@ def test_no_masks_and_no_local_crops(images: Images) -> None:
     assert batch["masks"].shape == (4, 2, 64)
 
 
+def test_large_jpegs_at_a_lower_resolution() -> None:
+    """Their crops are those of the whole image, nearly; smaller images and other formats are the same to the bit."""
+    samples = [
+        Sample(image_bytes(0, "JPEG", (600, 500)), -1, "large"),
+        Sample(image_bytes(1, "JPEG", (40, 30)), -1, "small"),
+        Sample(image_bytes(2, "PNG", (600, 500)), -1, "png"),
+    ]
+    settings = {"crops": CROPS, "seed": 0, "global_batch": 3}
+    whole, scaled = (MultiCropDataset(FewImages(samples), **settings, scaled_decode=on) for on in (False, True))
+    for sample in range(3):
+        ours, theirs = scaled[0, 0, sample], whole[0, 0, sample]
+        for kind in ("global_crops", "local_crops"):
+            difference = (ours[kind].int() - theirs[kind].int()).abs().float()
+            assert difference.mean() < 2, "edges of boxes went to the nearest pixels"
+            assert bool(difference.any()) == (sample == 0)
+
+
 class FewImages:
     """Stored images without shards."""
 
@@ -229,8 +246,8 @@ class FewImages:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def decode(self, index: int) -> tuple[Sample, torch.Tensor]:
-        return self.samples[index], decode_rgb(self.samples[index].image)
+    def decode(self, index: int, reduction: Reduction | None = None) -> tuple[Sample, torch.Tensor]:
+        return self.samples[index], decode_rgb(self.samples[index].image, reduction)
 
 
 class Stubborn(FewImages):
