@@ -1,9 +1,12 @@
 """Photographs made of noise: as costly to decode and to crop as real ones, without any."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dinocomp.data.convert import convert
 
 _SLOPE = 1.15  # the spectrum of amplitudes falls as 1 / frequency to this power; photographs have about 1 to 1.2
 _SHADES = (48.0, 12.0, 10.0)  # standard deviation of luma and of the two colour differences
@@ -35,3 +38,12 @@ def jpeg(seed: int, width: int = 500, height: int = 375, quality: int = 90) -> b
     buffer = io.BytesIO()
     photograph(seed, width, height).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def write_shards(folder: Path, number: int, width: int = 500, height: int = 375) -> Path:
+    """`number` such JPEGs in shards; their folder, to give as `train.dataset_path`."""
+    (folder / "jpegs").mkdir(parents=True)
+    for seed in range(number):
+        (folder / "jpegs" / f"{seed:05d}.jpg").write_bytes(jpeg(seed, width, height))
+    convert(str(folder / "jpegs"), str(folder / "shards"), progress=False)
+    return folder / "shards"

@@ -51,7 +51,8 @@ def open_rgb(data: bytes, reduction: Reduction | None = None) -> tuple[Image.Ima
             if reduction is not None:
                 _reduce(image, reduction)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image)), name
+            ImageOps.exif_transpose(image, in_place=True)  # else it copies what is upright, too
+            return _to_rgb(image), name
     except UnidentifiedImageError:
         raise DataError(
             f"not an image in a known format, or damaged at its start (it begins with {data[:8]!r})"
