@@ -13,7 +13,7 @@ import dinocomp
 from dinocomp.train import main
 
 from . import processes
-from .helpers import launch, load_checkpoint, metrics, words, yaml_of_nothing
+from .helpers import CURRICULUM, launch, load_checkpoint, metrics, words, yaml_of_nothing
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 
@@ -50,7 +50,11 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     assert [line["iteration"] for line in metrics(output)] == list(range(1, 17))
 
 
-@pytest.mark.parametrize("changes", [{}, {"performance__device_augment": "true"}], ids=["workers", "device"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"performance__device_augment": "true"}, CURRICULUM],
+    ids=["workers", "device", "curriculum"],
+)
 def test_two_processes_are_one(tmp_path: Path, free_port: int, changes: dict) -> None:
     """Two ranks of 4 images train as one of 8: the same crops and masks, and the same terms but for rounding."""
     same = {"train__centering": "sinkhorn_knopp", "student__drop_path_rate": 0, "dino__koleo_loss_weight": 0, **changes}

@@ -127,13 +127,14 @@ def _colours(config: Config) -> Colours:
     return Colours(config.crops.blur_kernel_size if blurred else 1, config.crops.solarize_threshold)
 
 
-def _max_masked(config: Config, world_size: int) -> dict[int, int]:
-    """The most masked patches of a rank's batch and of a micro-batch, by their number of images.
+def _max_masked(config: Config, world_size: int) -> dict[tuple[int, int], int]:
+    """The most masked patches of a rank's batch and of a micro-batch, by (images, patches of a global crop).
 
     Micro-batches lie in a rank's batch as ranks lie in the global one.
     """
-    images = derive.images_per_iteration(config, world_size)
+    images, phase = derive.images_per_iteration(config, world_size), derive.first_phase(config)
     return {
-        size: max_masked_patches(mask_settings(config), images, images // size)
+        (size, masks.patches): max_masked_patches(masks, images, images // size)
+        for masks in (mask_settings(config), *([mask_settings(phase[1])] if phase else []))
         for size in {config.train.batch_size_per_gpu, derive.micro_batch(config)}
     }

@@ -1,6 +1,7 @@
 """The training loader: places of the run -> one batch, the same whoever computes it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
@@ -29,6 +30,18 @@ _STACKED = {"global_crops", "local_crops", "global_colours", "local_colours"}
 _REPLACEMENTS = 10  # images tried in the place of a bad one
 
 
+@dataclass(frozen=True)
+class FirstPhase:
+    """What is shown in the first `iterations` of a run, in the place of what is shown afterwards.
+
+    Both phases draw as many crops from the same boxes of the same images; only sizes and grids may differ.
+    """
+
+    iterations: int
+    crops: CropSettings
+    masks: MaskSettings
+
+
 class _Crops(TypedDict):
     position: int
     index: int
@@ -50,7 +63,7 @@ class MultiCropDataset(Dataset):
     Crops are a function of (seed, pass, sample): not of the rank, the worker or what was drawn before. So is the image
     that takes the place of a bad one, if `skip_bad`; else a bad one is an error. With `device_augment` crops have their
     own colours, and what was drawn for them goes with them. With `scaled_decode` JPEGs are decoded at a lower
-    resolution where that suffices for their crops.
+    resolution where that suffices for their crops. Which settings a sample's crops have is a function of the iteration.
     """
 
     def __init__(
@@ -63,9 +76,11 @@ class MultiCropDataset(Dataset):
         skip_bad: bool = False,
         device_augment: bool = False,
         scaled_decode: bool = False,
+        first_phase: FirstPhase | None = None,
     ) -> None:
         self.images = images
         self.crops = crops
+        self.first_phase = first_phase
         self.seed = seed
         self.global_batch = global_batch
         self.skip_bad = skip_bad
@@ -79,8 +94,10 @@ class MultiCropDataset(Dataset):
 
     def __getitem__(self, place: Place) -> Crops:
         position, passes, sample = place
-        shown, image, drawn = self._shown(passes, sample)
-        large, small = make_crops(image, drawn, self.crops, colours=not self.device_augment)
+        phase = self.phase_at(self.step_and_slot(position)[0])
+        crops = phase.crops if phase else self.crops
+        shown, image, drawn = self._shown(passes, sample, crops)
+        large, small = make_crops(image, drawn, crops, colours=not self.device_augment)
         replaced = -1 if shown == sample else sample
         found = Crops(position=position, index=shown, replaced=replaced, global_crops=large, local_crops=small)
         if self.device_augment:
@@ -88,10 +105,15 @@ class MultiCropDataset(Dataset):
             found |= {"global_colours": packed[:GLOBAL_CROPS], "local_colours": packed[GLOBAL_CROPS:]}
         return found
 
-    def _shown(self, passes: int, sample: int) -> tuple[int, torch.Tensor, list[CropParameters]]:
+    def phase_at(self, iteration: int) -> FirstPhase | None:
+        """The first phase while it lasts, then None."""
+        lasts = self.first_phase is not None and iteration < self.first_phase.iterations
+        return self.first_phase if lasts else None
+
+    def _shown(self, passes: int, sample: int, crops: CropSettings) -> tuple[int, torch.Tensor, list[CropParameters]]:
         """The sample, or the one that takes its place, its pixels, uint8 [3, H, W], and the crops drawn for them."""
         try:
-            return sample, *self._opened(sample, passes, sample)
+            return sample, *self._opened(sample, passes, sample, crops)
         except BadImage as error:
             if not self.skip_bad:
                 raise
@@ -99,7 +121,7 @@ class MultiCropDataset(Dataset):
         rng = np.random.default_rng((self.seed, _REPLACEMENT_STREAM, passes, sample))
         for other in rng.integers(len(self.images), size=_REPLACEMENTS).tolist():
             try:
-                return other, *self._opened(other, passes, sample)
+                return other, *self._opened(other, passes, sample, crops)
             except BadImage:
                 continue
         raise DataError(
@@ -107,12 +129,14 @@ class MultiCropDataset(Dataset):
             f"{self.images.path} holds images at all"
         )
 
-    def _opened(self, index: int, passes: int, sample: int) -> tuple[torch.Tensor, list[CropParameters]]:
+    def _opened(
+        self, index: int, passes: int, sample: int, crops: CropSettings
+    ) -> tuple[torch.Tensor, list[CropParameters]]:
         """Pixels of a stored image, uint8 [3, H, W], and the crops drawn for the sample in whose place it is shown."""
 
         def draw(height: int, width: int) -> list[CropParameters]:
             rng = np.random.default_rng((self.seed, _CROP_STREAM, passes, sample))
-            return draw_crops(height, width, self.crops, rng)
+            return draw_crops(height, width, crops, rng)
 
         if not self.scaled_decode:
             image = self.images.decode(index)[1]  # [3, H, W]
@@ -123,7 +147,7 @@ class MultiCropDataset(Dataset):
         def reduction(height: int, width: int) -> int:
             nonlocal size, drawn
             size, drawn = (height, width), draw(height, width)
-            return largest_reduction(drawn, self.crops)
+            return largest_reduction(drawn, crops)
 
         image = self.images.decode(index, reduction)[1]  # [3, H, W], perhaps reduced
         reduced = tuple(image.shape[-2:])
@@ -162,7 +186,10 @@ class Collate:
     def __call__(self, samples: Sequence[Crops]) -> Batch:
         places = [self.dataset.step_and_slot(sample["position"]) for sample in samples]
         slots = np.array([slot for _, slot in places])  # [B]
-        masks = batch_masks(self.masks, self.dataset.seed, places[0][0], self.dataset.global_batch, slots)  # [B, 2, N]
+        step = places[0][0]
+        phase = self.dataset.phase_at(step)
+        settings = phase.masks if phase else self.masks
+        masks = batch_masks(settings, self.dataset.seed, step, self.dataset.global_batch, slots)  # [B, 2, N]
         # In a worker torch's own collation stacks in the memory that both processes see, which saves one copy.
         stacked = {name: default_collate([sample[name] for sample in samples]) for name in _STACKED & samples[0].keys()}
         return Batch(
@@ -190,6 +217,7 @@ def training_loader(
     skip_bad: bool = False,
     device_augment: bool = False,
     scaled_decode: bool = False,
+    first_phase: FirstPhase | None = None,
 ) -> DataLoader:
     """The loader of one rank; its batches are `Batch`es, the same ones for any number of workers.
 
@@ -202,6 +230,7 @@ def training_loader(
         skip_bad: whether another image takes the place of one that cannot be decoded; else that is an error.
         device_augment: whether the device changes the crops' colours; batches then say how.
         scaled_decode: whether JPEGs are decoded at a lower resolution where that suffices for their crops.
+        first_phase: what is shown at first instead.
 
     Raises:
         DataError: there are no images.
@@ -214,6 +243,7 @@ def training_loader(
         skip_bad=skip_bad,
         device_augment=device_augment,
         scaled_decode=scaled_decode,
+        first_phase=first_phase,
     )
     order = TrainingOrder(
         dataset,

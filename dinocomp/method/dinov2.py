@@ -70,8 +70,8 @@ class DINOv2(ComposerModel):
         weights: of the loss terms.
         student_temp: softmax temperature of the student.
         mean, std: of the pixels, by channel, in [0, 1].
-        max_masked: most masked patches that so many images on a rank can have, by number of images; they are counted in
-            every batch of another number.
+        max_masked: most masked patches that a batch on a rank can have, by (images, patches of a global crop); they are
+            counted in every batch of others.
         koleo_distributed: whether KoLeo looks for neighbours among the images of all ranks.
         colours: what changes the crops' colours here, where the workers did not; batches then say how.
 
@@ -93,7 +93,7 @@ class DINOv2(ComposerModel):
         student_temp: float,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        max_masked: Mapping[int, int],
+        max_masked: Mapping[tuple[int, int], int],
         koleo_distributed: bool = False,
         colours: Colours | None = None,
     ) -> None:
@@ -175,7 +175,7 @@ class DINOv2(ComposerModel):
         if not self.weights.ibot:
             return crops, None, None
         masks = _crop_major(batch["masks"])  # [2B, N]
-        return crops, masks, MaskedRows.of(masks, self.max_masked.get(len(crops) // 2))
+        return crops, masks, MaskedRows.of(masks, self.max_masked.get((len(crops) // 2, masks.shape[1])))
 
     def ask_teacher(self, crops: Tensor, masked: MaskedRows | None) -> TeacherRows:
         """The teacher's tokens of unmasked global crops [2B, C, G, G] that its heads are asked about."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch.utils.data._utils import worker as torch_worker
 from dinocomp.data import CropSettings, MaskSettings, batch_masks, multi_crop, open_images, training_loader
 from dinocomp.data.device import DRAWN, colour_crops
 from dinocomp.data.images import Reduction, decode_rgb
-from dinocomp.data.loader import Batch, MultiCropDataset
+from dinocomp.data.loader import Batch, FirstPhase, MultiCropDataset
 from dinocomp.data.order import TrainingOrder, uniform_permutation
 from dinocomp.data.reader import Images, Sample
 from dinocomp.errors import DataError
@@ -146,6 +147,26 @@ def test_the_device_makes_of_a_batch_what_the_workers_do(images: Images) -> None
         coloured = colour_crops(crops.flatten(0, 1), drawn.flatten(0, 1), CROPS.blur_kernel_size, 128)
         difference = (coloured.view_as(crops).int() - batch[f"{kind}_crops"].int()).abs()
         assert difference.max() <= 1 and (difference > 0).float().mean() < 0.002
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_smaller_crops_in_the_first_iterations(images: Images, workers: int) -> None:
+    """Then batches are those of a run without them, whole and resumed within each phase."""
+    small = replace(CROPS, global_crops_size=8, local_crops_size=6)
+    phase = FirstPhase(3, small, MaskSettings((4, 4)))
+
+    def batches(position: int = 0, iteration: int = 0, **changes) -> list[Batch]:
+        some = loader(images, num_workers=workers, timeout_seconds=60, **changes)
+        some.dataset.load_state_dict({"position": position, "iteration": iteration})
+        return list(some)
+
+    ours = batches(first_phase=phase)
+    expected = batches(crops=small, masks=phase.masks)[:3] + batches()[3:]
+    assert [batch["global_crops"].shape[-1] for batch in ours] == [8, 8, 8, 16, 16]
+    assert [batch["masks"].shape[-1] for batch in ours] == [16, 16, 16, 64, 64]
+    for iteration in (0, 2, 4):
+        rest = batches(4 * iteration, iteration, first_phase=phase)
+        assert all(same(a, b) for a, b in zip(rest, expected[iteration:], strict=True))
 
 
 @pytest.mark.parametrize("device_augment", [False, True])

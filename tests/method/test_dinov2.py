@@ -1,5 +1,7 @@
 """The ComposerModel beyond the recorded steps."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from dinocomp.method import DINOv2
 from dinocomp.method.ema import ema_update
 from dinocomp.method.parts import MaskedRows
 
-from ..helpers import TINY
+from ..helpers import CURRICULUM, TINY
 
 
 def tiny(batch_size: int = 4, **changes) -> tuple[DINOv2, Batch]:
@@ -77,7 +79,7 @@ def test_padding_changes_neither_terms_nor_gradients(centering: str) -> None:
     results = []
     for limit in (None, 40):
         model, batch = tiny(train__centering=centering, ibot__separate_head="true")
-        model.max_masked = {} if limit is None else {4: limit}
+        model.max_masked = {} if limit is None else {(4, 16): limit}
         for _ in range(2):  # the second time with a centre
             model.zero_grad()
             total = model.loss(model(batch), batch)["total"]
@@ -94,9 +96,25 @@ def test_the_configured_limit_is_never_exceeded() -> None:
     model, _ = tiny(batch_size=8)
     config = load_config(None, [f"{name}={value}" for name, value in TINY.items()]).config
     most = max_masked_patches(mask_settings(config), 8, 1)
-    assert model.max_masked == {8: most}
+    assert model.max_masked == {(8, 16): most}
     counts = [int(noise(config, 8, step)["masks"].sum()) for step in range(50)]
     assert 0.7 * most < max(counts) <= most
+
+
+def test_smaller_crops_at_first_have_a_limit_of_their_own() -> None:
+    model, _ = tiny(batch_size=8, **CURRICULUM)
+    config = load_config(None, [f"{name}={value}" for name, value in TINY.items()]).config
+    whole, small = mask_settings(config), replace(mask_settings(config), grid=(3, 3))
+    limits = {16: max_masked_patches(whole, 8, 1), 9: max_masked_patches(small, 8, 1)}
+    assert model.max_masked == {(8, patches): limit for patches, limit in limits.items()}
+    for side, settings in ((16, whole), (12, small)):
+        batch = noise(config, 8, 0) | {
+            "global_crops": torch.randint(256, (8, 2, 3, side, side), dtype=torch.uint8),
+            "masks": torch.from_numpy(batch_masks(settings, 0, 0, 8, np.arange(8))),
+        }
+        outputs = model(batch)
+        assert len(outputs.ibot_logits) == len(outputs.masked.index) == limits[settings.patches]
+        assert torch.isfinite(model.loss(outputs, batch)["total"])
 
 
 def test_only_the_student_learns_and_all_of_it() -> None:
