@@ -28,9 +28,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[
-            0
-        ],  # processes that wanted a core in the last minute; above `cores` the machine was busy
+        "load": os.getloadavg()[0],  # above `cores` the machine was busy with something else
     }
 
 
