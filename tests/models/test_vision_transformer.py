@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dinocomp.models import Tokens, VisionTransformer
-from dinocomp.models.attention import _block_diagonal, packed_attention
 from dinocomp.models.block import Block, kept_rows
 
 
@@ -260,24 +259,3 @@ def test_autocast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
         half = model(image).cls.float()
     torch.testing.assert_close(half, model(image).cls, rtol=0.1, atol=0.1)
-
-
-def test_xformers_mask_keeps_sequences_apart() -> None:
-    """The kernel needs a GPU; what it is told to mask out does not."""
-    pytest.importorskip("xformers.ops")
-    groups = ((2, 3), (3, 4))
-    bias = _block_diagonal(groups, torch.device("cpu")).materialize((18, 18))
-    owner = torch.repeat_interleave(torch.arange(5), torch.tensor([3, 3, 4, 4, 4]))
-    assert torch.equal(bias == 0, owner[:, None] == owner)
-
-
-def test_packed_attention_matches_attention_with_a_block_mask() -> None:
-    """Against one dense attention in which pairs of different sequences are masked out."""
-    groups = [(2, 3), (3, 4)]
-    q, k, v = torch.randn(3, 18, 2, 8).unbind(0)
-    owner = torch.repeat_interleave(torch.arange(5), torch.tensor([3, 3, 4, 4, 4]))
-    allowed = owner[:, None] == owner
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=allowed
-    ).transpose(0, 1)
-    torch.testing.assert_close(packed_attention(q, k, v, groups), dense)
