@@ -17,6 +17,7 @@ from dinocomp.callbacks import (
     BadImages,
     Checkpoints,
     ClipGradients,
+    CollectGarbage,
     FirstBatchPicture,
     Metrics,
     MicroBatches,
@@ -57,6 +58,7 @@ class Callbacks:
     metrics: Metrics
     evaluation: OnlineEvaluation
     checkpoints: Checkpoints
+    garbage: CollectGarbage
 
     def in_order(self) -> list[Callback]:
         return list(vars(self).values())
@@ -149,4 +151,5 @@ def build_callbacks(
             copies=uploads,
             on_failure=config.checkpoint.on_save_failure,
         ),
+        garbage=CollectGarbage(config.performance.collect_garbage_every),
     )

@@ -110,8 +110,8 @@ def gathered(step: Step) -> float:
 
 
 def optimizer_scratch(step: Step) -> float:
-    """On a GPU AdamW makes one more tensor for each weight of a group; with layerwise decay a group is of one block."""
-    if not step.gpu:
+    """On a GPU AdamW, not fused, makes a tensor for each weight of a group; with layerwise decay, of a block."""
+    if not step.gpu or step.config.performance.fused_optimizer:
         return 0
     return FP32 * (max(units(step)) if step.config.optim.layerwise_decay < 1 else step.numbers)
 
@@ -249,7 +249,7 @@ def head(step: Step, size: HeadSize, rows: int) -> float:
 def making_targets(step: Step) -> float:
     """The teacher's logits, and where Sinkhorn-Knopp is not compiled, one loss's exponentials in fp32."""
     views, _, k_dino, masked, k_ibot = losses(step)
-    kept = step.config.train.centering == "sinkhorn_knopp"
+    kept = step.config.train.centering == "sinkhorn_knopp" and not step.config.performance.compile
     return targets(step) + (FP32 * max(views * k_dino, masked * k_ibot) if kept else at_a_time(step))
 
 
