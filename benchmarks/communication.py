@@ -258,8 +258,11 @@ def _koleo(step: Step) -> list[Collective]:
 
 
 def _loop(step: Step) -> list[Collective]:
+    flags = Collective("flags: bad image, bad step, stop", "all_reduce", 8, 3, cpu=True)
+    if step.config.performance.async_step:
+        return [flags]
     return [
-        Collective("flags: bad image, bad step, stop", "all_reduce", 8, 3, cpu=True),
+        flags,
         Collective("Composer: images of the batch; samples so far", "all_reduce", 8, 2),
         Collective("Composer: loss", "all_reduce", FP32, 1),
         Collective("Composer: time of the batch", "broadcast", FP32, 1),

@@ -10,7 +10,9 @@ from torch import nn
 from dinocomp.config import Config
 from dinocomp.errors import ConfigError
 from dinocomp.method import DINOv2
+from dinocomp.models import DINOHead
 from dinocomp.models.block import Block
+from dinocomp.models.embeddings import PatchEmbed
 
 
 def check_compiler(config: Config, gpu: bool) -> None:
@@ -34,7 +36,8 @@ def check_compiler(config: Config, gpu: bool) -> None:
 
 
 def compile_networks(config: Config, model: DINOv2) -> None:
-    """Compiles each transformer block and each head, of student and teacher, for the shapes that it meets.
+    """Compiles each transformer block and each head, of student and teacher, and what makes patches of pixels, for the
+    shapes that they meet.
 
     Not whole networks: blocks are alike, so one is compiled and all use its code, which takes a minute instead of many,
     and sharding goes on to gather and free them one by one. What is compiled is `forward` alone, inside of what
@@ -44,15 +47,14 @@ def compile_networks(config: Config, model: DINOv2) -> None:
         return
     how = {"mode": "reduce-overhead"} if config.performance.cuda_graphs else {}
     nets = [net for role in ("student", "teacher") for net in model.networks(role).values()]
-    units = [unit for net in nets for unit in _units(net)]
+    units = [model.normalize, *(unit for net in nets for unit in _units(net))]
     _allow_variants(2 * len(units))
     for unit in units:
         unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=True, **how)
 
 
 def _units(net: nn.Module) -> list[nn.Module]:
-    blocks = [module for module in net.modules() if isinstance(module, Block)]
-    return blocks or [net]
+    return [module for module in net.modules() if isinstance(module, (Block, DINOHead, PatchEmbed))]
 
 
 def _allow_variants(number: int) -> None:
