@@ -6,7 +6,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -259,7 +259,10 @@ def _koleo(step: Step) -> list[Collective]:
 
 def _loop(step: Step) -> list[Collective]:
     flags = Collective("flags: bad image, bad step, stop", "all_reduce", 8, 3, cpu=True)
-    if step.config.performance.async_step:
+    performance = step.config.performance
+    if performance.async_step and performance.fused_optimizer and step.strategy == "ddp":
+        return [replace(flags, times=2), Collective("flag: bad step", "all_reduce", FP32, 1)]
+    if performance.async_step:
         return [flags]
     return [
         flags,

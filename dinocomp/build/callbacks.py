@@ -94,7 +94,11 @@ def build_callbacks(
     bad_images = BadImages(config.data.max_bad_images)
     clip = ClipGradients(model, config.optim.clip_grad)
     lr = "optim.lr" if config.optim.lr > 0 else "optim.base_lr"
-    bad_steps = SkipBadSteps(model, clip, config.optim.max_bad_steps, lr)
+    performance = config.performance
+    deferred = performance.async_step and performance.fused_optimizer
+    # A scaler tells the optimizer itself; and of sharded weights a fused one takes no plain tensor.
+    deferred = deferred and start.precision != "fp16" and start.strategy not in derive.SHARDED
+    bad_steps = SkipBadSteps(model, clip, config.optim.max_bad_steps, lr, deferred=deferred)
     retention = partial(expired, max_to_keep=config.checkpoint.max_to_keep, milestone=derive.milestone_interval(config))
     uploads = None
     if start.remote:
