@@ -1,12 +1,17 @@
 """The switches under `performance:` change when and how things are computed, and not what."""
 
 import gc
+import os
+import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from composer import Trainer
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinocomp.build import build_model
 from dinocomp.build.compile import check_compiler, compile_networks
@@ -67,6 +72,40 @@ def test_a_step_that_does_not_wait_is_the_same_step(plain: Path, tmp_path: Path)
     for name in ("sample", "batch"):
         assert one["timestamp"]["Timestamp"][name] == two["timestamp"]["Timestamp"][name]
     assert_near(plain, other, rel=0)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that Python reads of tensors, by who asks; on a GPU each would wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            frame = sys._getframe(1)
+            while f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
+                frame = frame.f_back
+            self.seen[frame.f_code.co_name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("switches", "readers"),
+    [
+        ({}, {"_accumulate_time_across_ranks", "_iter_dataloader", "_train_microbatches", "after_train_batch"}),
+        (ASYNC, {"after_train_batch"}),
+        (ASYNC | FUSED, set()),
+    ],
+    ids=["plain", "async", "async-fused"],
+)
+def test_what_is_read_of_the_device_in_every_step(switches: dict, readers: set[str], tmp_path: Path) -> None:
+    with Reads() as reads:
+        train(tmp_path, "run", loggers__period_iterations=100, checkpoint__save_frequency=100, **switches)
+    every_step = {name for name, number in reads.seen.items() if number >= 12}
+    every_step -= {"of"}  # of MaskedRows, which looks on a CPU only
+    every_step -= {"_train_batch", "<lambda>", "<dictcomp>"} if not switches else {"_train_batch"}  # AdamW's counters
+    assert every_step == readers
 
 
 def test_micro_batches_of_a_step_that_does_not_wait(tmp_path: Path) -> None:
@@ -196,29 +235,26 @@ def test_alike_blocks_are_compiled_once(recompute: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"train__centering": "sinkhorn_knopp", "ibot__separate_head": "true", "student__ffn_layer": "swiglu"},
-        {"parallelism__activation_checkpointing": "selective", "student__drop_path_uniform": "false"},
-        {"train__microbatch_size": 2, "student__drop_path_rate": 0, "train__centering": "sinkhorn_knopp"},
-    ],
-    ids=["centering", "sinkhorn", "selective", "micro-batches"],
-)
-def test_compiled_runs_are_eager_ones_but_for_rounding(changes: dict, tmp_path: Path) -> None:
-    output = tmp_path / "fast"
-    run = processes.start([yaml_of_nothing(tmp_path), "recipes=[fast]", *words(output, **PLAIN, **changes)])
+def test_a_compiled_run_is_an_eager_one_but_for_rounding(tmp_path: Path) -> None:
+    """With blocks that differ, and computed again in part."""
+    changes = {"parallelism__activation_checkpointing": "selective", "student__drop_path_uniform": "false"}
+    run = processes.start([yaml_of_nothing(tmp_path), "recipes=[fast]", *words(tmp_path / "fast", **PLAIN, **changes)])
     assert processes.finish(run, 600) == 0
-    assert_near(train(tmp_path, "eager", **changes), output, rel=3e-5)
+    assert_near(train(tmp_path, "eager", **changes), tmp_path / "fast", rel=3e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
-def test_compiled_ranks_are_one_eager_process(strategy: str, tmp_path: Path, free_port: int) -> None:
-    same = {"student__drop_path_rate": 0, "dino__koleo_loss_weight": 0}
-    changes = same | {"train__batch_size_per_gpu": 4, "parallelism__strategy": strategy}
-    arguments = [yaml_of_nothing(tmp_path), "recipes=[fast]", *words(tmp_path / "two", **PLAIN, **changes)]
+@pytest.mark.parametrize(
+    ("strategy", "changes"),
+    [
+        ("ddp", {"train__centering": "sinkhorn_knopp", "ibot__separate_head": "true", "train__microbatch_size": 2}),
+        ("fsdp2", {"student__ffn_layer": "swiglu"}),
+    ],
+)
+def test_compiled_ranks_are_one_eager_process(strategy: str, changes: dict, tmp_path: Path, free_port: int) -> None:
+    same = {"student__drop_path_rate": 0, "dino__koleo_loss_weight": 0, **changes}
+    ours = same | {"train__batch_size_per_gpu": 4, "parallelism__strategy": strategy}
+    arguments = [yaml_of_nothing(tmp_path), "recipes=[fast]", *words(tmp_path / "two", **PLAIN, **ours)]
     ranks = processes.start_ranks(arguments, 2, free_port, shard_on_cpu)
     assert [processes.finish(rank, 600) for rank in ranks] == [0, 0]
     assert_near(train(tmp_path, "one", **same), tmp_path / "two", rel=3e-5)
