@@ -12,6 +12,7 @@ from dinocomp.models import attention
 from dinocomp.models.attention import _block_diagonal, packed_attention, sequence_starts
 
 GROUPS = ((2, 3), (3, 4))  # sequences, tokens in each
+NEEDS_XFORMERS = pytest.mark.skipif(not attention.xformers_available(), reason="xFormers cannot be imported")
 OWNER = torch.repeat_interleave(torch.arange(5), torch.tensor([3, 3, 4, 4, 4]))
 
 
@@ -27,16 +28,17 @@ def test_packed_attention_is_attention_with_a_block_mask() -> None:
     torch.testing.assert_close(packed_attention(qkv[:6], GROUPS[:1]), dense(qkv[:6], OWNER[:6]))
 
 
+@NEEDS_XFORMERS
 def test_xformers_mask_keeps_sequences_apart() -> None:
     """The kernel needs a GPU; what it is told to mask out does not."""
-    pytest.importorskip("xformers.ops")
     bias = _block_diagonal(GROUPS, torch.device("cpu")).materialize((18, 18))
     assert torch.equal(bias == 0, OWNER[:, None] == OWNER)
 
 
+@NEEDS_XFORMERS
 def test_xformers_is_given_queries_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a kernel that runs here in the place of its own; its `unbind` and mask are the real ones."""
-    ops = pytest.importorskip("xformers.ops")
+    from xformers import ops
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, attn_bias: object) -> Tensor:
         mask = attn_bias.materialize((18, 18))
