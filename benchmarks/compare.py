@@ -18,7 +18,7 @@ from typing import Any
 from dinocomp.errors import ConfigError, DinocompError
 
 _MACHINE = ("device", "device_bytes", "cpu", "cores", "threads", "cuda", "python")  # of an environment
-Key = tuple[tuple[str, str], ...]  # what a row is of: names and values
+Key = tuple[tuple[str, Any], ...]  # what a row is of: names and values
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def matched(records: Sequence[Record], by: Sequence[str] = ()) -> dict[Key, list
     found: dict[Key, list[dict[str, Any]]] = {}
     for place, record in enumerate(records):
         for row in record.rows:
-            key = tuple((name, str(row[name])) for name in row if name in telling or name in by)
+            key = tuple((name, row[name]) for name in row if name in telling or name in by)
             rows = found.setdefault(key, [{} for _ in records])
             if rows[place]:
                 raise ConfigError(
@@ -112,7 +112,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _title(key: Key) -> str:
-    return ", ".join(value if not value.replace(".", "").isdigit() else f"{name} {value}" for name, value in key)
+    return ", ".join(f"{name} {value}" if _is_number(value) else str(value) for name, value in key)
 
 
 def compare(records: Sequence[Record], by: Sequence[str] = ()) -> str:

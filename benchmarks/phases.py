@@ -64,7 +64,7 @@ class HostClock:
 class StreamClock:
     """When the GPU's current stream comes to where the host stands: nothing is waited for until times are read.
 
-    Where the stream has nothing to do, because the host waits for data or is slow to launch kernels, that time is of the
+    Time in which the stream has nothing to do, because the host waits for data or is slow to launch kernels, is of the
     phase that the host is in.
     """
 
