@@ -7,9 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import random_batch, without_memory
-from dinocomp.build.data import mask_settings
 from dinocomp.build.model import build_model
-from dinocomp.config import Config
+from dinocomp.config import Config, derive
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,10 @@ def count_flops(config: Config) -> StepFlops:
     computes what it computes while training; masked patches are as many as there can be. Takes no memory to speak of.
     """
     config = _plain(config)
-    images = config.train.batch_size_per_gpu
-    patches = mask_settings(config).grid[0] * mask_settings(config).grid[1]
-    masks = torch.zeros(images, 2, patches, dtype=torch.bool)  # [B, 2, N]; how many rows that gives, see below
-    # A compiled function runs as it was written, operator by operator; attention as the matrix products it consists of.
-    with torch.compiler.set_stance("force_eager"), without_memory(), sdpa_kernel(SDPBackend.MATH):
+    patches = derive.global_patches(config)
+    masks = torch.zeros(config.train.batch_size_per_gpu, 2, patches, dtype=torch.bool)  # [B, 2, N]; nobody counts them
+    # Attention as the matrix products it consists of: fused backward passes compute some of them again.
+    with without_memory(), sdpa_kernel(SDPBackend.MATH):
         model = build_model(config, initial_weights=False).train()
         model.teacher_temp = config.teacher.teacher_temp
         batch = random_batch(config, masks, "cpu")
@@ -51,6 +49,6 @@ def _plain(config: Config) -> Config:
     return replace(
         config,
         train=replace(config.train, microbatch_size=0),
-        performance=replace(config.performance, attention="sdpa"),
+        performance=replace(config.performance, attention="sdpa", compile=False),  # operators that can be seen
         parallelism=replace(config.parallelism, activation_checkpointing="none", activation_cpu_offload=False),
     )

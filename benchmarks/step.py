@@ -29,6 +29,7 @@ from benchmarks.phases import time_phases
 from benchmarks.record import write
 from benchmarks.step_report import Steps, row, table
 from dinocomp.build import Start, build_loader, build_model, build_training, join_processes, mask_settings, on_gpu
+from dinocomp.build.compile import check_compiler
 from dinocomp.build.data import training_images
 from dinocomp.build.machine import check_attention
 from dinocomp.build.start import check_enough
@@ -118,6 +119,7 @@ def measure(config: Config, settings: Settings, output: Path) -> Steps:
             f"{dist.get_world_size()} processes were started; a step is measured on one. Type python -m benchmarks.step"
         )
     check_attention(config, gpu)
+    check_compiler(config, gpu)
     start = Start(gpu, derive.precision(config, gpu), "single", output, checkpoint=None)
     reproducibility.seed_all(config.train.seed)
     model = build_model(config, initial_weights=False)
@@ -146,6 +148,7 @@ def measure(config: Config, settings: Settings, output: Path) -> Steps:
         warm_up=steps[: settings.warm_up],
         measured=steps[settings.warm_up : last],
         memory_bytes=_peak_memory(gpu),
+        reserved_bytes=torch.cuda.max_memory_reserved() if gpu else None,
         bad_steps=run.callbacks.bad_steps.count,
         profile=profiler and profiler.found,
     )
@@ -185,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peak = given.peak_tflops * 1e12 if given.peak_tflops else PEAKS.get(name)
     found = {
         "run": " ".join([given.run, *given.words]),
+        "device": name,
         "batches": "images" if given.real else "noise on the device",
         **row(steps, count_flops(config).total, peak),
     }

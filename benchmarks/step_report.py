@@ -17,6 +17,7 @@ class Steps:
         warm_up, measured: seconds of each phase, step by step.
         memory_bytes: peak of the whole run, warm-up included: on a GPU what torch's allocator had handed out, on a CPU
             the resident memory of the process, libraries included.
+        reserved_bytes: the same of what the allocator had taken from the GPU, CUDA graphs' own memory included.
         bad_steps: in which the optimizer moved nothing, for their numbers were not finite; warm-up included.
     """
 
@@ -26,6 +27,7 @@ class Steps:
     warm_up: list[dict[str, float]]
     measured: list[dict[str, float]]
     memory_bytes: int
+    reserved_bytes: int | None
     bad_steps: int
     profile: Profile | None
 
@@ -72,6 +74,7 @@ def row(steps: Steps, flops: int, peak: float | None) -> dict[str, Any]:
         "peak_flops_per_second": peak,
         "mfu": utilisation(flops, median, peak) if peak else None,
         "memory_bytes": steps.memory_bytes,
+        "reserved_bytes": steps.reserved_bytes,
         "bad_steps": steps.bad_steps,
         **({} if steps.profile is None else {"profile": asdict(steps.profile)}),
         "step_seconds": seconds,
@@ -89,6 +92,7 @@ def table(found: dict[str, Any], *, gpu: bool) -> str:
         ("operations a step", f"{found['flops_per_step'] / 1e12:.3f} TFLOP"),
         ("MFU", mfu),
         ("peak memory" + ("" if gpu else " of the process"), f"{found['memory_bytes'] / 1e9:.2f} GB"),
+        *([("reserved by the allocator", f"{found['reserved_bytes'] / 1e9:.2f} GB")] if gpu else []),
         ("first step", f"{found['first_step_seconds']:.2f} s"),
         ("warm-up beyond its steps' own time", f"{found['start_seconds']:.2f} s"),
         ("steps not taken (numbers not finite)", f"{found['bad_steps']}"),
