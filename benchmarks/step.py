@@ -28,14 +28,14 @@ from benchmarks.memory import random_batch
 from benchmarks.phases import time_phases
 from benchmarks.record import write
 from benchmarks.step_report import Steps, row, table
-from dinocomp.build import Start, build_loader, build_model, build_training, join_processes, mask_settings, on_gpu
+from dinocomp.build import Run, Start, build_loader, build_model, build_training, join_processes, mask_settings, on_gpu
 from dinocomp.build.compile import check_compiler
 from dinocomp.build.data import training_images
 from dinocomp.build.machine import check_attention
 from dinocomp.build.start import check_enough
 from dinocomp.config import Config, derive, load_config
 from dinocomp.data import batch_masks
-from dinocomp.errors import ConfigError, DinocompError
+from dinocomp.errors import ConfigError, DinocompError, TrainingError
 
 # Operations a second, dense bf16, by the device's name.
 PEAKS = {"NVIDIA H100 80GB HBM3": 798e12}  # the SXM card, measured on large products; NVIDIA's figure is 989e12
@@ -103,6 +103,7 @@ def measure(config: Config, settings: Settings, output: Path) -> Steps:
     Raises:
         ConfigError: the run is too short, of several processes, or does not go with this machine.
         DataError: there are no images where `train.dataset_path` points (with `real`).
+        TrainingError: a signal has ended it early, or its numbers are not finite.
     """
     config = for_measuring(config, output)
     last = settings.warm_up + settings.iterations
@@ -118,18 +119,7 @@ def measure(config: Config, settings: Settings, output: Path) -> Steps:
         raise ConfigError(
             f"{dist.get_world_size()} processes were started; a step is measured on one. Type python -m benchmarks.step"
         )
-    check_attention(config, gpu)
-    check_compiler(config, gpu)
-    start = Start(gpu, derive.precision(config, gpu), "single", output, checkpoint=None)
-    reproducibility.seed_all(config.train.seed)
-    model = build_model(config, initial_weights=False)
-    if settings.real:
-        images = training_images(config)
-        check_enough(config, len(images))
-        loader = build_loader(config, images, pin_memory=gpu)
-    else:
-        loader = synthetic_loader(config, "cuda" if gpu else "cpu")
-    run = build_training(config, start, model, loader)
+    run = _build(config, output, gpu=gpu, real=settings.real)
     laps = time_phases(run)
     run.trainer.state.callbacks.append(StopAfter(wanted))
     profiler = ProfileStep(wanted, settings.profile, gpu=gpu) if settings.profile else None
@@ -141,8 +131,10 @@ def measure(config: Config, settings: Settings, output: Path) -> Steps:
     finally:
         run.callbacks.stop.restore()
     steps = laps.steps()
+    if len(steps) < wanted:
+        raise TrainingError(f"stopped after {len(steps)} of {wanted} iterations; nothing is recorded")
     return Steps(
-        start.precision,
+        run.start.precision,
         config.train.batch_size_per_gpu,
         run.trainer.state.device_train_microbatch_size,  # what `auto` has come to
         warm_up=steps[: settings.warm_up],
@@ -152,6 +144,22 @@ def measure(config: Config, settings: Settings, output: Path) -> Steps:
         bad_steps=run.callbacks.bad_steps.count,
         profile=profiler and profiler.found,
     )
+
+
+def _build(config: Config, output: Path, *, gpu: bool, real: bool) -> Run:
+    """As `build_run` does, but for weights, images to evaluate on, and, without `real`, images."""
+    check_attention(config, gpu)
+    check_compiler(config, gpu)
+    start = Start(gpu, derive.precision(config, gpu), "single", output, checkpoint=None)
+    reproducibility.seed_all(config.train.seed)
+    model = build_model(config, initial_weights=False)
+    if real:
+        images = training_images(config)
+        check_enough(config, len(images))
+        loader = build_loader(config, images, pin_memory=gpu)
+    else:
+        loader = synthetic_loader(config, "cuda" if gpu else "cpu")
+    return build_training(config, start, model, loader)
 
 
 def _peak_memory(gpu: bool) -> int:

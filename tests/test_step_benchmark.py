@@ -12,12 +12,12 @@ from benchmarks.cost import operations
 from benchmarks.flops import count_flops
 from benchmarks.kernels import Profile, summary
 from benchmarks.phases import PHASES, Laps
-from benchmarks.step import Settings, for_measuring, measure
+from benchmarks.step import Settings, StopAfter, for_measuring, measure
 from benchmarks.step_report import Steps, row, table, utilisation
 from dinocomp.build.data import mask_settings
 from dinocomp.config import derive, load_config
 from dinocomp.data import max_masked_patches
-from dinocomp.errors import ConfigError
+from dinocomp.errors import ConfigError, TrainingError
 
 from .helpers import words, yaml_of_nothing
 
@@ -184,6 +184,12 @@ def test_what_cannot_be_measured_is_refused(
     monkeypatch.setattr(step.dist, "get_world_size", lambda: 2)
     with pytest.raises(ConfigError, match="2 processes were started; a step is measured on one"):
         measure(load_config(None, words(tmp_path)).config, Settings(3, 2), tmp_path)
+
+
+def test_a_measurement_that_was_stopped_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "StopAfter", lambda iterations: StopAfter(iterations - 1))
+    with pytest.raises(TrainingError, match="stopped after 2 of 3 iterations"):
+        measure(load_config(None, words(tmp_path)).config, Settings(2, 1), tmp_path / "run")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
