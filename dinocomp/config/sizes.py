@@ -11,7 +11,7 @@ from dinocomp.config.derive import SHARDED, HeadSize, architecture, global_patch
 from dinocomp.config.schema import Config
 
 FP32 = 4
-AT_A_TIME = {"cpu": 1 << 21, "cuda": 1 << 24}  # numbers, of `method/losses/cross_entropy.py`, which takes torch to read
+AT_A_TIME = {"cpu": 1 << 21, "cuda": 1 << 25}  # numbers, of `method/losses/cross_entropy.py`, which takes torch to read
 
 
 @dataclass(frozen=True)

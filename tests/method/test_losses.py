@@ -199,3 +199,22 @@ def test_two_ranks_with_unequal_shares_are_one(free_port: int) -> None:
     torch.testing.assert_close(targets, SinkhornKnopp(3)(logits, 0.05).dense())
     for center in centers:
         torch.testing.assert_close(center[0], 0.1 * logits.mean(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["centering", "sinkhorn_knopp"])
+def test_compiled_losses_are_eager_ones_but_for_rounding(name: str) -> None:
+    teacher, student, local = (torch.randn(40, 512).bfloat16() for _ in range(3))
+    valid, weight = torch.arange(40) < 37, torch.rand(40)
+    found = []
+    for by_compiled in (False, True):
+        maker = build_targets(name, 512, momentum=0.9, iterations=3, by_compiled=by_compiled)
+        masked, crops = student.clone().requires_grad_(), local[:30].clone().requires_grad_()
+        targets = maker(teacher, 0.05, valid)
+        views, of_local = crops.unflatten(0, (5, 6)).split([2, 3])
+        parts = dino_loss(maker(teacher[:12], 0.05), views, of_local, 0.1)
+        loss = ibot_loss(targets, masked, weight, 12, 0.1) + sum(parts)
+        loss.backward()
+        found.append([targets.dense(), loss.detach(), masked.grad.float(), crops.grad.float()])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
