@@ -6,7 +6,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -258,8 +258,14 @@ def _koleo(step: Step) -> list[Collective]:
 
 
 def _loop(step: Step) -> list[Collective]:
+    flags = Collective("flags: bad image, bad step, stop", "all_reduce", 8, 3, cpu=True)
+    performance = step.config.performance
+    if performance.async_step and performance.fused_optimizer and step.strategy == "ddp":
+        return [replace(flags, times=2), Collective("flag: bad step", "all_reduce", FP32, 1)]
+    if performance.async_step:
+        return [flags]
     return [
-        Collective("flags: bad image, bad step, stop", "all_reduce", 8, 3, cpu=True),
+        flags,
         Collective("Composer: images of the batch; samples so far", "all_reduce", 8, 2),
         Collective("Composer: loss", "all_reduce", FP32, 1),
         Collective("Composer: time of the batch", "broadcast", FP32, 1),

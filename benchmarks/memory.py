@@ -95,7 +95,7 @@ class _Allocator:
 
 
 @contextmanager
-def _without_memory() -> Iterator[None]:
+def without_memory() -> Iterator[None]:
     """Tensors have no memory, and so no values: the rows of masked patches are as many as there can be."""
     from torch._subclasses import FakeTensorMode
 
@@ -121,7 +121,7 @@ def measure(config: Config, *, precision: str = "fp32", device: str = "cpu", fak
         device: cpu or cuda.
         fake: with tensors without memory (cpu only).
     """
-    around: AbstractContextManager = _without_memory() if fake else nullcontext()
+    around: AbstractContextManager = without_memory() if fake else nullcontext()
     images = config.train.batch_size_per_gpu
     masks = torch.from_numpy(batch_masks(mask_settings(config), 0, 0, images, list(range(images))))
     autocast = partial(torch.autocast, device, _TYPES.get(precision), enabled=precision in _TYPES)

@@ -16,13 +16,14 @@ from .helpers import load_checkpoint, metrics, small_folder, weights, words, yam
 pytestmark = pytest.mark.usefixtures("one_cache")
 
 
-@pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_a_bad_step_is_not_taken(tmp_path: Path, how: str) -> None:
+DEFERRED = {"performance__async_step": "true", "performance__fused_optimizer": "true"}
+
+
+@pytest.mark.parametrize(("how", "when"), [("loss", {}), ("gradient", {}), ("loss", DEFERRED), ("gradient", DEFERRED)])
+def test_a_bad_step_is_not_taken(tmp_path: Path, how: str, when: dict) -> None:
     """Iteration 6 of a run with a checkpoint at each, stopped there: 5 and 6 differ in nothing that is learnt."""
-    arguments = [
-        yaml_of_nothing(tmp_path),
-        *words(tmp_path / "run", train__OFFICIAL_EPOCH_LENGTH=1, optim__epochs=8, checkpoint__max_to_keep=0),
-    ]
+    kept = {"train__OFFICIAL_EPOCH_LENGTH": 1, "optim__epochs": 8, "checkpoint__max_to_keep": 0}
+    arguments = [yaml_of_nothing(tmp_path), *words(tmp_path / "run", **kept, **when)]
     assert processes.finish(processes.start(arguments, processes.spoil_and_stop, [6], -1, how)) == 75
     assert processes.finish(processes.start(arguments)) == 0
     before, after, then = (weights(tmp_path / "run", iteration) for iteration in (5, 6, 7))
@@ -37,12 +38,11 @@ def test_a_bad_step_is_not_taken(tmp_path: Path, how: str) -> None:
     assert "iteration 6: loss or gradient is not finite" in said and "step skipped (1 so far, 1 in a row)" in said
 
 
-def test_all_ranks_skip_together(tmp_path: Path, free_port: int) -> None:
+@pytest.mark.parametrize("when", [{}, DEFERRED], ids=["at-once", "deferred"])
+def test_all_ranks_skip_together(tmp_path: Path, free_port: int, when: dict) -> None:
     """Only rank 1 has an infinite loss; both ranks leave the step out."""
-    arguments = [
-        yaml_of_nothing(tmp_path),
-        *words(tmp_path / "run", train__OFFICIAL_EPOCH_LENGTH=1, optim__epochs=5, checkpoint__max_to_keep=0),
-    ]
+    kept = {"train__OFFICIAL_EPOCH_LENGTH": 1, "optim__epochs": 5, "checkpoint__max_to_keep": 0}
+    arguments = [yaml_of_nothing(tmp_path), *words(tmp_path / "run", **kept, **when)]
     ranks = processes.start_ranks(arguments, 2, free_port, processes.spoil_and_stop, [3], 1, "loss")
     assert [processes.finish(rank) for rank in ranks] == [75, 75]
     before, after = weights(tmp_path / "run", 2), weights(tmp_path / "run", 3)

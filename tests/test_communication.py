@@ -25,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("one_cache")
 CENTERING = {"train__centering": "centering"}
 SINKHORN = {"train__centering": "sinkhorn_knopp", "ibot__separate_head": "true", "dino__koleo_distributed": "true"}
 PASSES = SINKHORN | {"train__microbatch_size": 1}
+ASYNC = {"performance__async_step": "true"}
+DEFERRED = ASYNC | {"performance__fused_optimizer": "true"}
 KEPT = {"parallelism__reshard_after_forward": "false"}
 # Weights of odd sizes, whose padding shows; neither KoLeo nor iBOT, whose mask token then has no gradient.
 UNTRAINED = {"gradients, fp32": 1, "AdamW's averages, fp32": 2}  # numbers of each weight that it then does not have
@@ -67,9 +69,9 @@ def test_bytes_of_a_step(strategy: str, targets: dict, micro_batches: int, tmp_p
     ("changes", "strategy", "ranks"),
     [
         *[(PASSES, "ddp", 4), (PASSES, "fsdp", 2), (ODD, "fsdp", 4)],
-        *[(ODD, "fsdp2", 4), (KEPT, "fsdp", 2), (KEPT, "fsdp2", 4)],
+        *[(ODD, "fsdp2", 4), (KEPT, "fsdp", 2), (KEPT, "fsdp2", 4), (ASYNC, "ddp", 2), (DEFERRED, "ddp", 2)],
     ],
-    ids=["passes-ddp", "passes-fsdp", "odd-fsdp", "odd-fsdp2", "kept-fsdp", "kept-fsdp2"],
+    ids=["passes-ddp", "passes-fsdp", "odd-fsdp", "odd-fsdp2", "kept-fsdp", "kept-fsdp2", "async-ddp", "deferred-ddp"],
 )
 def test_bytes_of_other_steps(strategy: str, ranks: int, changes: dict, tmp_path: Path, free_port: int) -> None:
     assert_as_said(tmp_path, strategy, ranks, free_port, changes)

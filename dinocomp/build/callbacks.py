@@ -17,6 +17,7 @@ from dinocomp.callbacks import (
     BadImages,
     Checkpoints,
     ClipGradients,
+    CollectGarbage,
     FirstBatchPicture,
     Metrics,
     MicroBatches,
@@ -57,6 +58,7 @@ class Callbacks:
     metrics: Metrics
     evaluation: OnlineEvaluation
     checkpoints: Checkpoints
+    garbage: CollectGarbage
 
     def in_order(self) -> list[Callback]:
         return list(vars(self).values())
@@ -92,7 +94,11 @@ def build_callbacks(
     bad_images = BadImages(config.data.max_bad_images)
     clip = ClipGradients(model, config.optim.clip_grad)
     lr = "optim.lr" if config.optim.lr > 0 else "optim.base_lr"
-    bad_steps = SkipBadSteps(model, clip, config.optim.max_bad_steps, lr)
+    performance = config.performance
+    deferred = performance.async_step and performance.fused_optimizer
+    # A scaler tells the optimizer itself; and of sharded weights a fused one takes no plain tensor.
+    deferred = deferred and start.precision != "fp16" and start.strategy not in derive.SHARDED
+    bad_steps = SkipBadSteps(model, clip, config.optim.max_bad_steps, lr, deferred=deferred)
     retention = partial(expired, max_to_keep=config.checkpoint.max_to_keep, milestone=derive.milestone_interval(config))
     uploads = None
     if start.remote:
@@ -149,4 +155,5 @@ def build_callbacks(
             copies=uploads,
             on_failure=config.checkpoint.on_save_failure,
         ),
+        garbage=CollectGarbage(config.performance.collect_garbage_every),
     )

@@ -9,7 +9,7 @@ from composer.utils import dist, get_device
 
 from dinocomp.config import Config
 from dinocomp.errors import ConfigError
-from dinocomp.models.attention import xformers_available
+from dinocomp.models.attention import varlen_available, xformers_available
 
 
 def on_gpu(config: Config) -> bool:
@@ -71,12 +71,17 @@ def check_attention(config: Config, gpu: bool) -> None:
     """Refuses a kernel that is not there.
 
     Raises:
-        ConfigError: xformers is asked for, without a GPU or not installed.
+        ConfigError: xformers or varlen is asked for, without a GPU or not installed.
     """
-    if config.performance.attention != "xformers" or (gpu and xformers_available()):
+    kernel = config.performance.attention
+    there = {"xformers": xformers_available, "varlen": varlen_available}.get(kernel)
+    if there is None or (gpu and there()):
         return
-    why = "xformers cannot be imported" if gpu else "there is no GPU, and xformers has no kernels for a CPU"
-    raise ConfigError(f"performance.attention=xformers: {why}. Type performance.attention=sdpa (or auto).")
+    why = f"there is no GPU, and {kernel} has no kernels for a CPU"
+    if gpu:
+        absent = {"xformers": "xformers cannot be imported", "varlen": f"torch {torch.__version__} is too old for it"}
+        why = absent[kernel]
+    raise ConfigError(f"performance.attention={kernel}: {why}. Type performance.attention=sdpa (or auto).")
 
 
 def check_loggers(config: Config) -> None:

@@ -97,6 +97,7 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
             size.prototypes if size else 1,
             momentum=config.dino.center_momentum,
             iterations=config.dino.sinkhorn_iterations,
+            by_compiled=config.performance.compile,
         )
 
     model = DINOv2(

@@ -39,5 +39,18 @@ def build_optimizer(config: Config, model: DINOv2) -> tuple[torch.optim.AdamW, l
         [{"params": parameters} for parameters in groups.values()],
         lr=0.0,
         betas=(config.optim.adamw_beta1, config.optim.adamw_beta2),
+        fused=config.performance.fused_optimizer or None,
     )
     return optimizer, list(groups)
+
+
+def choose_kernel(optimizer: torch.optim.AdamW, *, fused: bool) -> None:
+    """Has a loaded optimizer compute as this run wants it: a checkpoint brings the choice of the run that wrote it.
+
+    Its steps are counted on the device where weights are updated by one kernel, else on the CPU.
+    """
+    for group in optimizer.param_groups:
+        group["fused"] = fused or None
+        for weight in group["params"]:
+            if "step" in (state := optimizer.state.get(weight, {})):
+                state["step"] = state["step"].to(weight.device if fused else "cpu")

@@ -11,12 +11,14 @@ from composer.utils import dist, reproducibility
 from torch.utils.data import DataLoader
 
 from dinocomp.build.callbacks import Callbacks, build_callbacks
+from dinocomp.build.compile import compile_networks
 from dinocomp.build.data import build_loader, opening, training_images
 from dinocomp.build.loggers import build_loggers
 from dinocomp.build.model import build_model
-from dinocomp.build.optim import build_optimizer
+from dinocomp.build.optim import build_optimizer, choose_kernel
 from dinocomp.build.parallel import expected_warnings, parallelism, prepare_for_sharding
 from dinocomp.build.start import Start, check_enough
+from dinocomp.build.trainer import AsyncTrainer
 from dinocomp.callbacks.evaluation import LabelledPair
 from dinocomp.checkpoints.plain import only_plain_types
 from dinocomp.checkpoints.shapes import check_names, state_to_load
@@ -75,6 +77,7 @@ def build_training(
     callbacks = build_callbacks(config, start, model, multipliers, pair)
     device = DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU()
     prepare_for_sharding(config, start.strategy, model, device)
+    compile_networks(config, model)
     shares = start.strategy in derive.SHARDED
     with ExitStack() as around:
         load_path = around.enter_context(state_to_load(start.checkpoint, shares=shares))
@@ -82,7 +85,7 @@ def build_training(
             check_names(load_path, model.state_dict())
         around.enter_context(only_plain_types())
         around.enter_context(expected_warnings(shares))
-        trainer = Trainer(
+        trainer = (AsyncTrainer if config.performance.async_step else Trainer)(
             model=model,
             train_dataloader=DataSpec(
                 loader,
@@ -107,6 +110,7 @@ def build_training(
             run_name=start.output.resolve().name,
             seed=config.train.seed,
         )
+    choose_kernel(optimizer, fused=config.performance.fused_optimizer)
     callbacks.random_state.attach(trainer)
     if start.iteration and not start.checkpoint:  # weights of another run, whose iteration is kept
         images = start.iteration * derive.images_per_iteration(config, dist.get_world_size())

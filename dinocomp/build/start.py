@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from composer.utils import dist
 
+from dinocomp.build.compile import check_compiler
 from dinocomp.build.machine import check_attention, check_loggers, on_gpu
 from dinocomp.build.model import backbone_arguments, build_networks
 from dinocomp.build.parallel import choose_strategy
@@ -74,6 +75,7 @@ def check_start(config: Config) -> Start:
     gpu, output = on_gpu(config), Path(config.train.output_dir).expanduser()
     precision, strategy = derive.precision(config, gpu), choose_strategy(config, gpu)
     check_attention(config, gpu)
+    check_compiler(config, gpu)
     check_loggers(config)
     _check_output(output, config.train.dataset_path)
     count = check_images(

@@ -123,10 +123,12 @@ class OnlineEvaluation(Callback):
         if self.pair is None:
             return
         backbone = self.model.shells("teacher")["backbone"]
-        train, val = (
-            extract_features(backbone, images, normalize=self.model.normalize, **self.view, **self.loading)
-            for images in (self.pair.train, self.pair.val)
-        )
+        # Its shapes are others than those that training has compiled blocks for.
+        with torch.compiler.set_stance("force_eager"):
+            train, val = (
+                extract_features(backbone, images, normalize=self.model.normalize, **self.view, **self.loading)
+                for images in (self.pair.train, self.pair.val)
+            )
         accuracy = knn_accuracy(
             gather_features(train, len(self.pair.train)),
             val,

@@ -1,5 +1,6 @@
 """Around the forward passes of a step: what micro-batches have to know of each other, and what is done with."""
 
+import torch
 from composer import Callback, Logger, State
 from composer.core import get_precision_context
 
@@ -17,6 +18,7 @@ class MicroBatches(Callback):
         self.model = model
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # CUDA graphs may write over what they gave in the last step
         parts = split_batch(state.batch, state.device_train_microbatch_size)
         with get_precision_context(state.precision, state.precision_config):
             self.model.begin_step(parts, state.device.batch_to_device)

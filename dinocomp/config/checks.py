@@ -22,7 +22,10 @@ class Problem:
 
 def problems(config: Config) -> list[Problem]:
     """Every impossible combination in a configuration whose single values are all in range."""
-    checks = (_network, _losses, _masks, _lengths, _crops, _curriculum, _device, _micro_batches, _places, _checkpoints)
+    checks = (
+        *(_network, _losses, _masks, _lengths, _crops, _curriculum),
+        *(_device, _compiled, _micro_batches, _places, _checkpoints),
+    )
     return [problem for check in checks for problem in check(config)]
 
 
@@ -148,10 +151,44 @@ def _device(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("performance.precision", "train.device"), "a CPU cannot train in fp16; type performance.precision=fp32"
         )
-    if config.train.device == "cpu" and config.performance.attention == "xformers":
+    if config.train.device == "cpu" and config.performance.attention in ("xformers", "varlen"):
         yield Problem(
-            ("performance.attention", "train.device"), "xformers needs a GPU; type performance.attention=sdpa"
+            ("performance.attention", "train.device"),
+            f"{config.performance.attention} needs a GPU; type performance.attention=sdpa",
         )
+    if config.performance.precision == "fp32" and config.performance.attention == "varlen":
+        yield Problem(
+            ("performance.attention", "performance.precision"),
+            "varlen computes in half precision; type performance.attention=sdpa, or performance.precision=bf16",
+        )
+
+
+def _compiled(config: Config) -> Iterator[Problem]:
+    performance, parallelism = config.performance, config.parallelism
+    if performance.cuda_graphs and not performance.compile:
+        yield Problem(
+            ("performance.cuda_graphs", "performance.compile"),
+            "graphs are made of what is compiled; type performance.compile=true",
+        )
+    if performance.compile and performance.attention == "xformers":
+        yield Problem(
+            ("performance.compile", "performance.attention"),
+            "xformers' attention cannot be compiled; type performance.attention=auto",
+        )
+    if performance.compile and parallelism.activation_cpu_offload:
+        yield Problem(
+            ("performance.compile", "parallelism.activation_cpu_offload"),
+            "what is compiled keeps its activations on the GPU; type performance.compile=false, or "
+            "parallelism.activation_checkpointing=full instead of the offload",
+        )
+    if performance.cuda_graphs and config.train.microbatch_size not in (0, config.train.batch_size_per_gpu):
+        yield Problem(
+            ("performance.cuda_graphs", "train.microbatch_size"),
+            "graphs give their results in memory that the next micro-batch overwrites; type "
+            "performance.cuda_graphs=false, or train.microbatch_size=0",
+        )
+    if performance.cuda_graphs and config.train.device == "cpu":
+        yield Problem(("performance.cuda_graphs", "train.device"), "a CPU has none; type performance.cuda_graphs=false")
 
 
 def _micro_batches(config: Config) -> Iterator[Problem]:

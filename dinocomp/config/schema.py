@@ -334,7 +334,24 @@ class Performance:
         "auto", "compute type (auto = bf16 on GPU, fp32 on CPU)", choices=("auto", "fp32", "bf16", "fp16")
     )
     attention: str = key(
-        "auto", "attention kernel (auto = xformers on GPU where installed)", choices=("auto", "xformers", "sdpa")
+        "auto",
+        "attention kernel (auto = xformers on GPU where installed and not compiled, else sdpa; varlen = torch's, from "
+        "2.10 on)",
+        choices=("auto", "xformers", "varlen", "sdpa"),
+    )
+    compile: bool = key(
+        False,
+        "compile transformer blocks, heads, and what reads logits (torch.compile; some minutes when a process starts)",
+    )
+    cuda_graphs: bool = key(False, "replay what is compiled as CUDA graphs, for small batches that wait for launches")
+    fused_optimizer: bool = key(False, "AdamW in one kernel for many weights, without scratch memory")
+    async_step: bool = key(
+        False, "do not wait for the GPU where Composer reads the loss and counts images in each step"
+    )
+    collect_garbage_every: int = key(
+        0,
+        "let Python look for circular garbage every so many iterations, on all ranks alike (0 = when it likes)",
+        minimum=0,
     )
     device_augment: bool = key(
         False,

@@ -11,6 +11,7 @@ from dinocomp.config.derive import SHARDED, HeadSize, architecture, global_patch
 from dinocomp.config.schema import Config
 
 FP32 = 4
+AT_A_TIME = {"cpu": 1 << 21, "cuda": 1 << 25}  # numbers, of `method/losses/cross_entropy.py`, which takes torch to read
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def gathered(step: Step) -> float:
 
 
 def optimizer_scratch(step: Step) -> float:
-    """On a GPU AdamW makes one more tensor for each weight of a group; with layerwise decay a group is of one block."""
-    if not step.gpu:
+    """On a GPU AdamW, not fused, makes a tensor for each weight of a group; with layerwise decay, of a block."""
+    if not step.gpu or step.config.performance.fused_optimizer:
         return 0
     return FP32 * (max(units(step)) if step.config.optim.layerwise_decay < 1 else step.numbers)
 
@@ -224,9 +225,9 @@ def logits(step: Step) -> float:
 
 
 def targets(step: Step) -> float:
-    """Of all rows that the teacher has a say in, fp32."""
+    """The teacher's logits of all rows that it has a say in: targets are made of them where they are summed."""
     views, _, k_dino, masked, k_ibot = losses(step)
-    return FP32 * (views * k_dino + masked * k_ibot)
+    return step.c * (views * k_dino + masked * k_ibot)
 
 
 def saved_by_heads(step: Step) -> float:
@@ -246,22 +247,20 @@ def head(step: Step, size: HeadSize, rows: int) -> float:
 
 
 def making_targets(step: Step) -> float:
-    """The teacher's logits and what becomes of the larger share of them, in fp32."""
+    """The teacher's logits, and where Sinkhorn-Knopp is not compiled, one loss's exponentials in fp32."""
     views, _, k_dino, masked, k_ibot = losses(step)
-    logits = step.c * (views * k_dino + masked * k_ibot)
-    steps = 4 if step.config.train.centering == "sinkhorn_knopp" else 3
-    return logits + FP32 * (views * k_dino + steps * masked * k_ibot)
+    kept = step.config.train.centering == "sinkhorn_knopp" and not step.config.performance.compile
+    return targets(step) + (FP32 * max(views * k_dino, masked * k_ibot) if kept else at_a_time(step))
 
 
 def loss(step: Step) -> float:
-    """Log-probabilities of all rows, and what is made of one term in backward."""
+    """Logits and their gradients, which at last lie side by side and in one; before, with some rows in fp32."""
     views, local, k_dino, masked, k_ibot = losses(step)
-    of_all = FP32 * ((views + local) * k_dino + masked * k_ibot)
-    of_ibot, of_local = 2 * FP32 * masked * k_ibot, 2 * FP32 * local * k_dino
-    logits = step.c * ((views + local) * k_dino + masked * k_ibot)
-    return max(
-        of_all + of_ibot,
-        of_all - of_ibot / 2 + of_local + step.c * masked * k_ibot,
-        FP32 * views * k_dino * 3 + logits,
-        2 * logits,
-    )
+    by_cls, by_patch = step.c * (views + local) * k_dino, step.c * masked * k_ibot
+    return by_cls + by_patch + max(by_cls + at_a_time(step), by_cls + by_patch)
+
+
+def at_a_time(step: Step) -> float:
+    """Rows that losses have in fp32 at a time: both of their sides, and the student's logarithms."""
+    views, local, k_dino, masked, k_ibot = losses(step)
+    return 2.5 * FP32 * min(AT_A_TIME["cuda" if step.gpu else "cpu"], max((views + local) * k_dino, masked * k_ibot))

@@ -14,6 +14,7 @@ from dinocomp.method.gauges import TeacherGauges
 from dinocomp.method.losses import (
     Centering,
     SinkhornKnopp,
+    Targets,
     dino_loss,
     ibot_loss,
     koleo_gradient,
@@ -49,10 +50,10 @@ class Outputs:
     """What a forward pass hands to the loss; None where a term is off."""
 
     cls: Tensor  # [2, B, D] student class tokens of the global crops
-    dino_targets: Tensor | None  # [2, B, K]
+    dino_targets: Targets | None  # [2 * B, K]
     global_logits: Tensor | None  # [2, B, K]
     local_logits: Tensor | None  # [L, B, K]
-    ibot_targets: Tensor | None  # [R, K']
+    ibot_targets: Targets | None  # [R, K']
     ibot_logits: Tensor | None  # [R, K']
     masked: MaskedRows | None
     part: Part
@@ -208,19 +209,21 @@ class DINOv2(ComposerModel):
 
         cls_rows = torch.cat([t.cls for t in tokens]) if self.weights.dino else None  # [(2 + L) * B, D]
         cls_logits, patch_logits = self._project("student", cls_rows, _masked_patches(tokens[0], masked))
-        by_crop = None if cls_logits is None else cls_logits.unflatten(0, (2 + num_local, -1))  # [2 + L, B, K]
+        # Not by two slices, each of whose gradients would be a tensor of all rows.
+        by_kind = () if cls_logits is None else cls_logits.split([len(t.cls) for t in tokens])
+        by_crop = [logits.unflatten(0, (-1, len(batch["index"]))) for logits in by_kind]  # [2, B, K], [L, B, K]
         return Outputs(
             cls=tokens[0].cls.unflatten(0, (2, -1)),
-            dino_targets=targets["dino"].unflatten(0, (2, -1)) if "dino" in targets else None,
-            global_logits=None if by_crop is None else by_crop[:2],
-            local_logits=by_crop[2:] if num_local else None,
+            dino_targets=targets.get("dino"),
+            global_logits=by_crop[0] if by_crop else None,
+            local_logits=by_crop[1] if num_local else None,
             ibot_targets=targets.get("ibot"),
             ibot_logits=patch_logits,
             masked=masked,
             part=part,
         )
 
-    def _targets(self, part: Part, rows: TeacherRows, masked: MaskedRows | None) -> dict[str, Tensor]:
+    def _targets(self, part: Part, rows: TeacherRows, masked: MaskedRows | None) -> dict[str, Targets]:
         """What the teacher said of the global crops -> targets by loss: [2B, K] for "dino", [R, K'] for "ibot"."""
         valid = {"dino": None, "ibot": masked and masked.valid}
         targets = {

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dinocomp.distributed import all_reduce
+from dinocomp.method.losses import Targets
 
 _MEASURED_ROWS = 1024  # of the targets of a micro-batch; their entropies take as much memory again
 
@@ -67,12 +68,14 @@ class TeacherGauges:
         """Forgets what was collected."""
         self._sums = {}
 
-    def add(self, features: Tensor, targets: Mapping[str, Tensor], valid: Mapping[str, Tensor | None]) -> None:
+    def add(self, features: Tensor, targets: Mapping[str, Targets], valid: Mapping[str, Tensor | None]) -> None:
         """Collects class tokens [rows, D] and, by loss ("dino", "ibot"), targets [rows, K] with the rows that count."""
         found = {"features": feature_sums(features)}
         for loss, rows in targets.items():
             counts = valid[loss]
-            found[loss] = target_sums(rows[:_MEASURED_ROWS], None if counts is None else counts[:_MEASURED_ROWS])
+            found[loss] = target_sums(
+                rows[:_MEASURED_ROWS].dense(), None if counts is None else counts[:_MEASURED_ROWS]
+            )
         self._sums = {name: self._sums.get(name, 0) + sums for name, sums in found.items()}
 
     def read(self) -> dict[str, Tensor]:

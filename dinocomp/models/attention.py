@@ -21,6 +21,16 @@ def xformers_available() -> bool:
     return True
 
 
+@cache
+def varlen_available() -> bool:
+    """Whether this torch has attention over sequences of several lengths (FlashAttention; from 2.10 on)."""
+    try:
+        import torch.nn.attention.varlen  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 @lru_cache(maxsize=32)
 def _block_diagonal(groups: tuple[tuple[int, int], ...], device: torch.device):
     # Built once for each pair of crop sizes and batch size: it copies sequence offsets to the device.
@@ -30,31 +40,60 @@ def _block_diagonal(groups: tuple[tuple[int, int], ...], device: torch.device):
     return BlockDiagonalMask.from_seqlens(lengths, device=device)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, groups: Groups, kernel: str = "auto") -> Tensor:
+def sequence_starts(groups: Groups, device: torch.device) -> Tensor:
+    """Where each sequence of a packed batch begins, and where the last one ends: int32 [sequences + 1]."""
+    starts, end = [], 0
+    for sequences, tokens in groups:
+        starts.append(torch.arange(sequences, dtype=torch.int32, device=device) * tokens + end)
+        end += sequences * tokens
+    return torch.cat([*starts, torch.full((1,), end, dtype=torch.int32, device=device)])
+
+
+def packed_attention(qkv: Tensor, groups: Groups, kernel: str = "auto") -> Tensor:
     """Scaled dot-product attention inside each sequence of a packed batch.
 
     Args:
-        q, k, v: [tokens, heads, head_dim], the sequences of all groups one after the other.
+        qkv: [tokens, 3, heads, head_dim], query, key and value of the sequences of all groups one after the other.
         groups: (sequences, tokens a sequence) of each group; the products add up to `tokens`.
-        kernel: ``xformers`` (one varlen call; CUDA only), ``sdpa`` (one call a group), or ``auto``: xFormers on CUDA
-            where it is installed and head_dim is a multiple of 8, which its kernels need; else SDPA.
+        kernel: ``xformers`` (one call over all lengths; CUDA only, cannot be compiled), ``varlen`` (the same by torch;
+            CUDA in half precision only), ``sdpa`` (one call a group), or ``auto``: xFormers on CUDA where it is
+            installed, head_dim is a multiple of 8, which its kernels need, and nothing is being compiled; else SDPA.
 
     Returns:
         [tokens, heads, head_dim].
     """
-    if kernel == "xformers" or (kernel == "auto" and q.is_cuda and q.shape[-1] % 8 == 0 and xformers_available()):
-        from xformers.ops import memory_efficient_attention
+    if kernel == "auto":
+        suits = qkv.is_cuda and qkv.shape[-1] % 8 == 0 and not torch.compiler.is_compiling()
+        kernel = "xformers" if suits and xformers_available() else "sdpa"
+    return _KERNELS[kernel](qkv, groups)
 
-        bias = _block_diagonal(tuple(groups), q.device)
-        return memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
 
+def _xformers(qkv: Tensor, groups: Groups) -> Tensor:
+    from xformers.ops import memory_efficient_attention, unbind
+
+    # Its `unbind` makes one gradient of three that lie side by side, as its kernels write them, without a copy.
+    q, k, v = unbind(qkv[None], 2)  # [1, T, heads, head_dim]
+    return memory_efficient_attention(q, k, v, attn_bias=_block_diagonal(tuple(groups), qkv.device))[0]
+
+
+def _varlen(qkv: Tensor, groups: Groups) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts, longest = sequence_starts(groups, qkv.device), max(tokens for _, tokens in groups)
+    return varlen_attn(*qkv.unbind(1), starts, starts, longest, longest)
+
+
+def _sdpa(qkv: Tensor, groups: Groups) -> Tensor:
     out = []
     sizes = [sequences * tokens for sequences, tokens in groups]
-    for (sequences, tokens), *qkv in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        q_, k_, v_ = (t.unflatten(0, (sequences, tokens)).transpose(1, 2) for t in qkv)  # [S, heads, N, head_dim]
-        attended = F.scaled_dot_product_attention(q_, k_, v_)  # [S, heads, N, head_dim]
+    for (sequences, tokens), part in zip(groups, qkv.split(sizes), strict=True):
+        q, k, v = part.unflatten(0, (sequences, tokens)).permute(2, 0, 3, 1, 4)  # [S, heads, N, head_dim] each
+        attended = F.scaled_dot_product_attention(q, k, v)  # [S, heads, N, head_dim]
         out.append(attended.transpose(1, 2).flatten(0, 1))  # [S * N, heads, head_dim]
-    return torch.cat(out)
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
+_KERNELS = {"xformers": _xformers, "varlen": _varlen, "sdpa": _sdpa}
 
 
 class QKVLinear(nn.Linear):
@@ -95,5 +134,5 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
         """[tokens, dim] -> [tokens, dim]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [T, 3, heads, head_dim]
-        out = packed_attention(*qkv.unbind(1), groups, kernel=self.kernel)  # [T, heads, head_dim]
+        out = packed_attention(qkv, groups, kernel=self.kernel)  # [T, heads, head_dim]
         return self.proj(out.flatten(1))

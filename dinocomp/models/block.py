@@ -48,7 +48,7 @@ def kept_rows(groups: Groups, kept: Sequence[Tensor | None], device: torch.devic
 
 
 class AddRows(torch.autograd.Function):
-    """x.index_add(0, rows, y), but only the rows are kept for backward, all that the gradients need.
+    """x.index_add(0, rows, y) of rows that differ, but only they are kept for backward, all that the gradients need.
 
     Torch's own keeps y [kept tokens, dim], too: a sixth of what a block keeps in bf16.
     """
@@ -56,6 +56,8 @@ class AddRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
+        if torch.compiler.is_compiling():  # one kernel that stores each row once, where adding would be atomic
+            return x.index_copy(0, rows, x.index_select(0, rows) + y)
         return x.index_add(0, rows, y)
 
     @staticmethod
@@ -71,7 +73,7 @@ class Block(nn.Module):
         dim: width of the tokens.
         init_values: start of LayerScale; 0 or None for none.
         drop_path: while training, the share of sequences for which a branch is not computed at all, which saves their
-            time. `draw_kept` draws them; a forward pass draws nothing, so that it can be repeated.
+            time. They are drawn outside, so that a forward pass can be compiled, and repeated.
         recompute, offload: while training, what is kept for backward, and where; `mode` and `offload` of
             `recompute.run`. Inside the block, so that a block is the unit of sharding with or without it.
     """
@@ -105,27 +107,17 @@ class Block(nn.Module):
         self.mlp = build_ffn(ffn_layer, dim, int(dim * mlp_ratio), bias=ffn_bias)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
-    def draw_kept(self, sequences: Sequence[int], device: torch.device) -> list[Tensor | None]:
-        """Draws what the two branches compute, anew for each branch and each group.
-
-        Args:
-            sequences: b, the number of them in each group.
-
-        Returns:
-            For each group int64 [2, s], for attention and FFN, s = max(int(b * (1 - drop_path)), 1); None for all of
-            them, that is, where the block drops nothing or does not train.
-        """
+    def count_kept(self, sequences: int) -> int | None:
+        """How many of so many sequences a branch computes; None where it is all of them, and nothing is to be drawn."""
         if not self.training or self.drop_path == 0.0:
-            return [None] * len(sequences)
-        counts = [max(int(number * (1 - self.drop_path)), 1) for number in sequences]
-        branches = [
-            [torch.randperm(number, device=device)[:count] for number, count in zip(sequences, counts, strict=True)]
-            for _ in range(2)
-        ]
-        return [torch.stack(pair) for pair in zip(*branches, strict=True)]
+            return None
+        return max(int(sequences * (1 - self.drop_path)), 1)
 
     def forward(self, x: Tensor, groups: Groups, kept: Sequence[Tensor | None] | None = None) -> Tensor:
-        """[tokens, dim] -> [tokens, dim]. `kept`: for each group what `draw_kept` gave; None computes everything."""
+        """[tokens, dim] -> [tokens, dim].
+
+        `kept`: for each group int64 [2, s], the sequences that attention and FFN compute, or None for all of them.
+        """
         lighter = self.recompute != "none" or self.offload
         if lighter and self.training and torch.is_grad_enabled():
             return run(self._compute, x, groups, kept, mode=self.recompute, offload=self.offload)

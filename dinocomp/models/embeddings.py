@@ -9,6 +9,9 @@ from torch import Tensor, nn
 class PatchEmbed(nn.Module):
     """Cuts an image into patches and projects each: [B, C, H, W] -> [B, (H / p) * (W / p), dim].
 
+    The weights are those of a convolution, as published ones are; computed is one matrix product over all patches,
+    which matrix units do at full speed and convolutions of so large a stride do not.
+
     Raises:
         ValueError: the image is not a whole number of patches high and wide.
     """
@@ -25,7 +28,9 @@ class PatchEmbed(nn.Module):
                 f"an image of {height} x {width} pixels is not a whole number of {self.patch_size}-pixel patches; "
                 f"crop or resize it to multiples of {self.patch_size}"
             )
-        return self.proj(x).flatten(2).transpose(1, 2)
+        p = self.patch_size
+        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H / p, W / p, C, p, p]
+        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 def interpolate_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, offset: float, antialias: bool) -> Tensor:

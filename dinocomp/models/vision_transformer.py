@@ -151,24 +151,28 @@ class VisionTransformer(nn.Module):
 
         For passes that have to drop the same: give it to both as `kept`.
         """
-        return [block.draw_kept([sequences], device)[0] for block in self.blocks]
+        counts = [block.count_kept(sequences) for block in self.blocks]
+        if all(count is None for count in counts):
+            return counts
+        # One sort, for a permutation for each branch would be hundreds of kernels.
+        order = torch.rand(len(counts), 2, sequences, device=device).argsort(dim=-1)  # [depth, 2, sequences]
+        return [None if count is None else order[i, :, :count] for i, count in enumerate(counts)]
 
     def _kept_by_block(
         self, given: Sequence[Kept | None], groups: Groups, device: torch.device
-    ) -> list[list[Tensor | None]]:
+    ) -> list[tuple[Tensor | None, ...]]:
         """What each block keeps of each group: as given, and drawn for the groups of which nothing is given."""
-        for kept in given:
-            if kept is not None and len(kept) != len(self.blocks):
+        by_group = [
+            self.draw_kept(sequences, device) if kept is None else kept
+            for (sequences, _), kept in zip(groups, given, strict=True)
+        ]
+        for kept in by_group:
+            if len(kept) != len(self.blocks):
                 raise ValueError(
                     f"kept has entries for {len(kept)} blocks, this network has {len(self.blocks)}; "
                     "give what draw_kept of the same network returned"
                 )
-        open_groups = [sequences for (sequences, _), kept in zip(groups, given, strict=True) if kept is None]
-        by_block = []
-        for i, block in enumerate(self.blocks):
-            drawn = iter(block.draw_kept(open_groups, device))
-            by_block.append([next(drawn) if kept is None else kept[i] for kept in given])
-        return by_block
+        return list(zip(*by_group, strict=True))
 
     def forward_packed(
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], kept: Sequence[Kept | None] | None = None

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from dinocomp.models import Tokens, VisionTransformer
-from dinocomp.models.attention import _block_diagonal, packed_attention
-from dinocomp.models.block import Block, kept_rows
+from dinocomp.models.block import kept_rows
 
 
 def tiny(**settings) -> VisionTransformer:
@@ -134,7 +133,8 @@ def test_drop_path_keeps_a_subset_and_its_mean() -> None:
     torch.manual_seed(0)
     groups = [(7, 5), (3, 2)]
     cpu = torch.device("cpu")
-    drawn = Block(24, 3, drop_path=0.3).draw_kept([7, 3], cpu)
+    model = tiny(drop_path_rate=0.3, drop_path_uniform=True).train()
+    drawn = [model.draw_kept(sequences, cpu)[0] for sequences, _ in groups]
     assert [pair.shape for pair in drawn] == [(2, 4), (2, 2)]
     rows, scale, kept = kept_rows(groups, [pair[0] for pair in drawn], cpu)
     assert kept == [(4, 5), (2, 2)]
@@ -144,38 +144,50 @@ def test_drop_path_keeps_a_subset_and_its_mean() -> None:
     assert (sequence == sequence[:, :1] + torch.arange(5)).all() and (sequence[:, 0] % 5 == 0).all()
     assert (rows[20:] >= 35).all()
 
-    block = Block(24, 3, drop_path=0.5).double()
-    x = torch.randn(8 * 4, 24, dtype=torch.float64)
-    whole = block.eval()(x, [(8, 4)])
-    block.train()
-    mean = torch.stack([block(x, [(8, 4)], block.draw_kept([8], cpu)) for _ in range(3000)]).mean(0)
+    model = tiny(depth=1, drop_path_rate=0.5, drop_path_uniform=True).double().train()
+    block = model.blocks[0]
+    x = torch.randn(8 * 4, model.embed_dim, dtype=torch.float64)
+    whole = block(x, [(8, 4)])
+    mean = torch.stack([block(x, [(8, 4)], model.draw_kept(8, cpu)) for _ in range(3000)]).mean(0)
     # The second branch sees what the first dropped, so the mean is near the whole, not at it.
     assert (mean - whole).norm() < 0.05 * (whole - x).norm()
 
 
 def test_drop_path_of_one_sequence_keeps_it() -> None:
-    (drawn,) = Block(24, 3, drop_path=0.9).draw_kept([1], torch.device("cpu"))
+    drawn = tiny(drop_path_rate=0.9).train().draw_kept(1, torch.device("cpu"))[-1]
     assert drawn.tolist() == [[0], [0]]
     _, scale, kept = kept_rows([(1, 3)], [drawn[0]], torch.device("cpu"))
     assert kept == [(1, 3)] and (scale == 1).all()
 
 
-def branch_by_branch(model: VisionTransformer, crops: list[torch.Tensor]) -> torch.Tensor:
-    """Tokens [T, D] before the final norm, with drop path drawn inside each residual branch when it is reached."""
+def test_every_branch_draws_for_itself_and_all_sequences_alike() -> None:
+    torch.manual_seed(0)
+    model = tiny(depth=3, drop_path_rate=0.5, drop_path_uniform=True).train()
+    drawn = torch.stack([torch.stack(list(model.draw_kept(8, torch.device("cpu")))) for _ in range(500)])
+    assert drawn.shape == (500, 3, 2, 4)
+    assert all(len(set(kept)) == 4 for kept in drawn.flatten(0, 2).tolist())
+    counts = drawn.flatten().bincount()
+    torch.testing.assert_close(counts / len(drawn.flatten()), torch.full((8,), 1 / 8), atol=0.01, rtol=0)
+    branches = drawn.flatten(1, 2).sort(dim=-1).values  # [500, 6, 4]
+    for other in range(1, 6):  # of 70 subsets two are the same in one of 70 draws
+        assert (branches[:, 0] == branches[:, other]).all(-1).float().mean() < 0.05
+
+
+def branch_by_branch(model: VisionTransformer, crops: list[torch.Tensor], kept: list) -> torch.Tensor:
+    """Tokens [T, D] before the final norm, as the formula has them: each branch on what is kept for it."""
     embedded = [model._embed(images, None) for images in crops]
     groups = [tuple(x.shape[:2]) for x in embedded]
     x = torch.cat([x.flatten(0, 1) for x in embedded])
-    for block in model.blocks:
+    for i, block in enumerate(model.blocks):
 
-        def residual(x, compute, rate=block.drop_path):
+        def residual(x, compute, branch, i=i, rate=block.drop_path):
             if rate == 0:
                 return x + compute(x, groups)
-            chosen = [torch.randperm(b)[: max(int(b * (1 - rate)), 1)] for b, _ in groups]
-            rows, scale, packing = kept_rows(groups, chosen, x.device)
+            rows, scale, packing = kept_rows(groups, [of_group[i][branch] for of_group in kept], x.device)
             return x.index_add(0, rows, compute(x[rows], packing) * scale)
 
-        x = residual(x, lambda y, packing, block=block: block.ls1(block.attn(block.norm1(y), packing)))
-        x = residual(x, lambda y, packing, block=block: block.ls2(block.mlp(block.norm2(y))))
+        x = residual(x, lambda y, packing, block=block: block.ls1(block.attn(block.norm1(y), packing)), 0)
+        x = residual(x, lambda y, packing, block=block: block.ls2(block.mlp(block.norm2(y))), 1)
     return x
 
 
@@ -188,15 +200,11 @@ def packed(tokens: list[Tokens]) -> torch.Tensor:
     return torch.cat([t.prenorm.flatten(0, 1) for t in tokens])
 
 
-@pytest.mark.parametrize("uniform", [True, False])  # False: the first block drops nothing, and so draws nothing
-def test_a_seed_drops_what_it_dropped_when_branches_drew(uniform: bool) -> None:
+@pytest.mark.parametrize("uniform", [True, False])  # False: the first block drops nothing
+def test_what_is_kept_is_that_of_dropping_inside_each_branch(uniform: bool) -> None:
     model, crops = tiny(depth=3, drop_path_rate=0.4, drop_path_uniform=uniform).train(), two_sizes()
-    torch.manual_seed(2)
-    expected = branch_by_branch(model, crops)
-    after = torch.rand(1)
-    torch.manual_seed(2)
-    assert torch.equal(packed(model(crops)), expected)
-    assert torch.equal(torch.rand(1), after)
+    kept = [model.draw_kept(len(images), torch.device("cpu")) for images in crops]
+    assert torch.equal(packed(model(crops, kept=kept)), branch_by_branch(model, crops, kept))
 
 
 def test_given_kept_sequences_are_kept_and_only_the_others_drawn() -> None:
@@ -260,24 +268,3 @@ def test_autocast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
         half = model(image).cls.float()
     torch.testing.assert_close(half, model(image).cls, rtol=0.1, atol=0.1)
-
-
-def test_xformers_mask_keeps_sequences_apart() -> None:
-    """The kernel needs a GPU; what it is told to mask out does not."""
-    pytest.importorskip("xformers.ops")
-    groups = ((2, 3), (3, 4))
-    bias = _block_diagonal(groups, torch.device("cpu")).materialize((18, 18))
-    owner = torch.repeat_interleave(torch.arange(5), torch.tensor([3, 3, 4, 4, 4]))
-    assert torch.equal(bias == 0, owner[:, None] == owner)
-
-
-def test_packed_attention_matches_attention_with_a_block_mask() -> None:
-    """Against one dense attention in which pairs of different sequences are masked out."""
-    groups = [(2, 3), (3, 4)]
-    q, k, v = torch.randn(3, 18, 2, 8).unbind(0)
-    owner = torch.repeat_interleave(torch.arange(5), torch.tensor([3, 3, 4, 4, 4]))
-    allowed = owner[:, None] == owner
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=allowed
-    ).transpose(0, 1)
-    torch.testing.assert_close(packed_attention(q, k, v, groups), dense)

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from dinocomp.method.losses.dino import cross_entropy
+from dinocomp.method.losses.cross_entropy import Targets, cross_entropy
 
 
-def ibot_loss(targets: Tensor, logits: Tensor, weight: Tensor, num_crops: int, temperature: float) -> Tensor:
+def ibot_loss(targets: Targets, logits: Tensor, weight: Tensor, num_crops: int, temperature: float) -> Tensor:
     """The iBOT loss (Zhou et al. 2022, equation 2) as DINOv2 weighs it.
 
     (1 / crops) * sum over masked patches p of CE_p / (masked patches in p's crop). The divisor counts every global
@@ -17,4 +17,5 @@ def ibot_loss(targets: Tensor, logits: Tensor, weight: Tensor, num_crops: int, t
         num_crops: global crops in the batch, 2B.
         temperature: of the student.
     """
-    return (cross_entropy(targets, logits, temperature) * weight).sum() / num_crops
+    terms = cross_entropy(targets.unflatten(1, -1), logits[None], temperature)[0]  # [rows]
+    return (terms * weight).sum() / num_crops

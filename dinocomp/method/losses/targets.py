@@ -1,12 +1,11 @@
-"""From teacher logits to target distributions: centring or Sinkhorn-Knopp, over the batch of all ranks."""
-
-from collections.abc import Callable, Iterable
+"""From teacher logits to target distributions: centring here, Sinkhorn-Knopp beside, over the batch of all ranks."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinocomp.distributed import all_reduce
+from dinocomp.method.losses.cross_entropy import Targets, chunks, compiled
+from dinocomp.method.losses.sinkhorn import SinkhornKnopp
 
 
 class Centering(nn.Module):
@@ -18,19 +17,21 @@ class Centering(nn.Module):
     Args:
         num_prototypes: K.
         momentum: share of the old centre that is kept at each step.
+        by_compiled: whether the passes over logits are compiled, here and in the losses.
     """
 
     looks_ahead = False  # a target depends on its own logits and the centre, which stands still within a step
 
-    def __init__(self, num_prototypes: int, momentum: float) -> None:
+    def __init__(self, num_prototypes: int, momentum: float, *, by_compiled: bool = False) -> None:
         super().__init__()
         self.momentum = momentum
+        self.by_compiled = by_compiled
         self.register_buffer("center", torch.zeros(1, num_prototypes))
-        self._sum: Tensor | None = None  # [1, K], of the rows seen since the last step, on this rank
+        self._sum: Tensor | None = None  # [K], of the rows seen since the last step, on this rank
         self._count: Tensor | None = None  # their number
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None, columns: None = None) -> Tensor:
+    def forward(self, logits: Tensor, temperature: float, valid: Tensor | None = None, columns: None = None) -> Targets:
         """Targets of teacher logits.
 
         Args:
@@ -40,22 +41,30 @@ class Centering(nn.Module):
             columns: not needed here, see `SinkhornKnopp`.
 
         Returns:
-            [rows, K], each row sums to 1, fp32.
+            [rows, K], each row sums to 1.
         """
-        logits = logits.float()
-        weight = logits.new_ones(len(logits)) if valid is None else valid.to(logits.dtype)  # [rows]
-        # Not as a matrix product, which a GPU would do in half precision or TF32.
-        batch_sum, batch_count = (logits * weight[:, None]).sum(dim=0, keepdim=True), weight.sum()  # [1, K], []
-        self._sum = batch_sum if self._sum is None else self._sum + batch_sum
-        self._count = batch_count if self._count is None else self._count + batch_count
-        return F.softmax((logits - self.center) / temperature, dim=-1)
+        valid = logits.new_ones(len(logits), dtype=torch.float32) if valid is None else valid.float()  # [rows]
+        scale = self.center.new_full((), 1 / temperature)
+        column = -self.center[0] / temperature  # [K]
+        top, row, total = (
+            torch.empty_like(valid),
+            torch.empty_like(valid),
+            torch.zeros_like(column),
+        )  # [rows] twice, [K]
+        read = compiled(_read) if self.by_compiled else _read
+        for some in chunks(len(logits), logits.shape[1], logits.device, compiled=self.by_compiled):
+            top[some], row[some], part = read(logits[some], scale, column, valid[some])
+            total += part
+        self._sum = total if self._sum is None else self._sum + total
+        self._count = valid.sum() if self._count is None else self._count + valid.sum()
+        return Targets(logits, scale, top, column, row, self.by_compiled)
 
     @torch.no_grad()
     def step(self) -> None:
         """Moves the centre by the mean of what `forward` saw since the last step, over all ranks' rows alike."""
         if self._sum is None:
             return
-        total = all_reduce(torch.cat([self._sum[0], self._count[None]]))  # [K + 1]
+        total = all_reduce(torch.cat([self._sum, self._count[None]]))  # [K + 1]
         # A batch without a single masked patch says nothing of where the centre is.
         mean = total[:-1] / total[-1].clamp_min(1)  # [K]
         weight = (1 - self.momentum) * (total[-1] > 0)
@@ -67,97 +76,21 @@ class Centering(nn.Module):
         self._sum = self._count = None
 
 
-_LOWEST = torch.finfo(torch.float32).min
-Rows = tuple[Tensor, Tensor, Tensor]  # q [R, K], logarithm of what its rows were divided by [R], valid [R]
+def _read(logits: Tensor, scale: Tensor, column: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's largest logit and the logarithm of its sum, see `Targets`, both [R]; the sum of valid rows, [K]."""
+    z = logits.float()  # [R, K]
+    top = z.amax(dim=-1)
+    row = torch.addcmul(column, z - top[:, None], scale).logsumexp(dim=-1)
+    # Not as a matrix product, which a GPU would do in half precision or TF32.
+    return top, row, (z * valid[:, None]).sum(dim=0)
 
 
-class SinkhornKnopp(nn.Module):
-    """Targets that use every prototype equally over the batch of all ranks (Caron et al. 2020, SwAV, section 3).
-
-    exp(z / temperature) is scaled in turn so that each prototype has mass 1 / K and each row 1 / R. The scaling is kept
-    as two vectors, one factor a row and one a prototype, so the [rows, K] matrix is read and not rewritten; each row is
-    first divided by its largest entry, which the factors make up for, so that no logit is too large or too small.
-
-    The prototypes' factors are all that rows need to know of each other. `columns` finds them from several sets of rows
-    (micro-batches), which it reads one after the other, once an iteration.
-
-    Args:
-        iterations: of the alternating scaling; 3 in the paper.
-    """
-
-    looks_ahead = True  # a target depends on the logits of the whole batch
-
-    def __init__(self, iterations: int) -> None:
-        super().__init__()
-        self.iterations = iterations
-
-    @torch.no_grad()
-    def forward(
-        self, logits: Tensor, temperature: float, valid: Tensor | None = None, columns: Tensor | None = None
-    ) -> Tensor:
-        """Targets of teacher logits [rows, K]; rows whose `valid` [rows] is False take no part and get zeros.
-
-        Args:
-            columns: [K], of `columns`, where these rows are a part of the batch; None where they are all of it.
-
-        Returns:
-            [rows, K], each valid row sums to 1, fp32.
-        """
-        with torch.autocast(logits.device.type, enabled=False):  # it would multiply in half precision
-            rows = q, _, valid = self._rows(logits, temperature, valid)
-            columns = self._columns(lambda: [rows]) if columns is None else columns  # [K]
-            return q * columns * (valid / (q @ columns))[:, None]
-
-    @torch.no_grad()
-    def columns(self, sweep: Callable[[], Iterable[tuple[Tensor, Tensor | None]]], temperature: float) -> Tensor:
-        """The prototypes' factors for a batch in several parts: [K].
-
-        Args:
-            sweep: gives (logits [rows, K], valid [rows] or None) of each part; called once an iteration.
-        """
-
-        def rows() -> Iterable[Rows]:
-            for logits, valid in sweep():
-                with torch.autocast(logits.device.type, enabled=False):
-                    yield self._rows(logits, temperature, valid)
-
-        return self._columns(rows)
-
-    def _rows(self, logits: Tensor, temperature: float, valid: Tensor | None) -> Rows:
-        logits = logits.float() / temperature
-        valid = logits.new_ones(len(logits)) if valid is None else valid.to(logits.dtype)  # [R]
-        row_max = logits.amax(dim=1) if len(logits) else logits.new_zeros(0)  # [R]
-        q = torch.exp(logits - row_max[:, None])  # [R, K], 1 at the largest of a row
-        return q, row_max.masked_fill(valid == 0, _LOWEST), valid  # padding has no say in the largest
-
-    def _columns(self, sweep: Callable[[], Iterable[Rows]]) -> Tensor:
-        least = 1e-20  # bounds the factors, so that none of their products overflows or vanishes
-        mass = largest = rows = None  # [K], [], []; all weights are exp(logits - the largest of them)
-        for q, row_max, valid in sweep():
-            if mass is None:
-                mass, rows, largest = q.new_zeros(q.shape[1]), q.new_zeros(()), q.new_full((), _LOWEST)
-            higher = torch.cat([row_max, largest[None]]).amax()  # a rank may have no row at all
-            mass = mass * torch.exp(largest - higher) + q.T @ (valid * torch.exp(row_max - higher))
-            largest, rows = higher, rows + valid.sum()
-        mass = mass * torch.exp(largest - all_reduce(largest.clone(), "max"))
-        rows = all_reduce(rows)  # of all ranks
-        columns = 1 / (len(mass) * all_reduce(mass)).clamp_min(least)  # [K]
-        for _ in range(self.iterations - 1):
-            parts = [q.T @ (valid / (rows * (q @ columns)).clamp_min(least)) for q, _, valid in sweep()]  # of [K]
-            columns = 1 / (len(mass) * all_reduce(sum(parts))).clamp_min(least)  # [K]
-        return columns
-
-    def step(self) -> None:
-        """Sinkhorn-Knopp keeps nothing from batch to batch."""
-
-    def forget(self) -> None:
-        """As `step`."""
-
-
-def build_targets(name: str, num_prototypes: int, *, momentum: float, iterations: int) -> Centering | SinkhornKnopp:
+def build_targets(
+    name: str, num_prototypes: int, *, momentum: float, iterations: int, by_compiled: bool = False
+) -> Centering | SinkhornKnopp:
     """`centering` or `sinkhorn_knopp` by name."""
     if name == "centering":
-        return Centering(num_prototypes, momentum)
+        return Centering(num_prototypes, momentum, by_compiled=by_compiled)
     if name == "sinkhorn_knopp":
-        return SinkhornKnopp(iterations)
+        return SinkhornKnopp(iterations, by_compiled=by_compiled)
     raise ValueError(f"no way to make targets called '{name}'; there are centering and sinkhorn_knopp")

@@ -1,0 +1,67 @@
+"""Compiled networks: `performance.compile` and `performance.cuda_graphs`, from a configuration."""
+
+import importlib.util
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from dinocomp.config import Config
+from dinocomp.errors import ConfigError
+from dinocomp.method import DINOv2
+from dinocomp.models import DINOHead
+from dinocomp.models.block import Block
+from dinocomp.models.embeddings import PatchEmbed
+
+
+def check_compiler(config: Config, gpu: bool) -> None:
+    """Refuses to compile where there is nothing to compile with.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    if not config.performance.compile:
+        return
+    missing = None
+    if gpu and importlib.util.find_spec("triton") is None:
+        missing = "the package triton, which comes with torch's CUDA builds for Linux"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++")):
+        missing = "a C++ compiler, such as g++"
+    if missing:
+        raise ConfigError(
+            f"performance.compile=true needs {missing}. Install it, or type performance.compile=false "
+            "performance.cuda_graphs=false."
+        )
+
+
+def compile_networks(config: Config, model: DINOv2) -> None:
+    """Compiles each transformer block and each head, of student and teacher, and what makes patches of pixels, for the
+    shapes that they meet.
+
+    Not whole networks: blocks are alike, so one is compiled and all use its code, which takes a minute instead of many,
+    and sharding goes on to gather and free them one by one. What is compiled is `forward` alone, inside of what
+    sharding hooks on to a module.
+    """
+    if not config.performance.compile:
+        return
+    how = {"mode": "reduce-overhead"} if config.performance.cuda_graphs else {}
+    nets = [net for role in ("student", "teacher") for net in model.networks(role).values()]
+    units = [model.normalize, *(unit for net in nets for unit in _units(net))]
+    _allow_variants(2 * len(units))
+    for unit in units:
+        unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=True, **how)
+
+
+def _units(net: nn.Module) -> list[nn.Module]:
+    return [module for module in net.modules() if isinstance(module, (Block, DINOHead, PatchEmbed))]
+
+
+def _allow_variants(number: int) -> None:
+    """Blocks that differ (a drop path rate that rises) are as many variants of one function, of which torch would run
+    the ninth uncompiled."""
+    settings = torch._dynamo.config
+    for name in ("recompile_limit", "cache_size_limit"):  # its name in newer and in older versions
+        if hasattr(settings, name):
+            setattr(settings, name, max(getattr(settings, name), number))
+            return

@@ -1,0 +1,30 @@
+"""Python's search for circular garbage, at iterations of our choice."""
+
+import gc
+
+from composer import Callback, Logger, State
+
+
+class CollectGarbage(Callback):
+    """Has Python look for circular garbage every `every` iterations, and not when it likes; 0 leaves that to Python.
+
+    It stops a process for a moment. When each rank does so at another time, all ranks wait each time.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if self.every:
+            gc.disable()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.every and int(state.timestamp.batch) % self.every == 0:
+            gc.collect(1)  # what has lived long is seldom garbage, and takes longest to look through
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        if self.every:
+            gc.enable()
+
+    def close(self, state: State, logger: Logger) -> None:
+        self.fit_end(state, logger)  # also where training ends by an error
