@@ -111,7 +111,7 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
         std=config.crops.std,
         max_masked=_max_masked(config, world_size),
         koleo_distributed=config.dino.koleo_distributed,
-        colours=_colours(config) if config.performance.device_augment else None,
+        colours=build_colours(config),
     )
     if initial_weights and config.MODEL.WEIGHTS:
         load_run(
@@ -123,7 +123,10 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
     return model
 
 
-def _colours(config: Config) -> Colours:
+def build_colours(config: Config) -> Colours | None:
+    """What changes the crops' colours on the device; None where the workers do."""
+    if not config.performance.device_augment:
+        return None
     blurred = max(config.crops.blur_probability) > 0
     return Colours(config.crops.blur_kernel_size if blurred else 1, config.crops.solarize_threshold)
 

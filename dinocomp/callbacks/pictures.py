@@ -55,7 +55,8 @@ class FirstBatchPicture(Callback):
     """Writes `path` from the first batch that rank 0 sees, unless it is there.
 
     Args:
-        colours: what changes the crops' colours on the device, where the workers do not.
+        colours: what changes the crops' colours on the device, where the workers do not; not compiled, as it sees fewer
+            crops than a step has.
     """
 
     def __init__(self, path: Path, colours: Colours | None = None) -> None:
