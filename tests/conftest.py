@@ -4,12 +4,19 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     shipped = Path(__file__).parent / "golden" / "data"
     parser.addoption("--golden-dir", default=str(shipped), help="folder of recorded reference numbers")
     parser.addoption("--golden-device", default="cpu", choices=("cpu", "gpu"), help="where its whole steps are trained")
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """A test that draws random tensors draws the same ones in each run of it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

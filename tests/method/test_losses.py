@@ -67,8 +67,8 @@ def test_cross_entropy_and_its_gradient_are_those_of_autograd(dtype: torch.dtype
         ours = crops.clone().requires_grad_()
         found = cross_entropy(views, ours, 0.1)
         found.backward(grad)
-        torch.testing.assert_close(found, terms)
-        torch.testing.assert_close(ours.grad, plain.grad)
+        torch.testing.assert_close(found, terms, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-5, atol=1e-4)
 
 
 def test_targets_of_some_rows() -> None:
@@ -217,4 +217,4 @@ def test_compiled_losses_are_eager_ones_but_for_rounding(name: str) -> None:
         loss.backward()
         found.append([targets.dense(), loss.detach(), masked.grad.float(), crops.grad.float()])
     for eager, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
