@@ -150,6 +150,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=500, help="of the photographs, pixels")
     parser.add_argument("--height", type=int, default=375)
+    parser.add_argument("--crops", type=int, nargs=2, default=(224, 96), help="sides of global and local ones, pixels")
     parser.add_argument("--images", type=int, default=64, help="photographs")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="of the loaders at the end")
@@ -164,7 +165,8 @@ def main(words: list[str] | None = None) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         shards = write_shards(Path(folder), chosen.images, chosen.width, chosen.height)
-        setting = Setting(open_images(str(shards)), CropSettings(), chosen.batch, chosen.device, chosen.rounds)
+        crops = CropSettings(global_crops_size=chosen.crops[0], local_crops_size=chosen.crops[1])
+        setting = Setting(open_images(str(shards)), crops, chosen.batch, chosen.device, chosen.rounds)
         loaders = (
             measure_loader(setting, workers, chosen.batches, device_augment=device_augment)
             for workers in chosen.workers

@@ -124,8 +124,10 @@ def _curriculum(config: Config) -> Iterator[Problem]:
     phase = first_phase(config)
     if phase is None:
         return
-    names = ["global_crops_size"] + ["local_crops_size"] * (config.crops.local_crops_number > 0)
-    for name in names:
+    blurred = {"global_crops_size": max(config.crops.blur_probability[:2]) > 0}
+    if config.crops.local_crops_number:
+        blurred["local_crops_size"] = config.crops.blur_probability[2] > 0
+    for name, blur in blurred.items():
         smaller, size = getattr(phase[1].crops, name), getattr(config.crops, name)
         if smaller > size:
             yield Problem(
@@ -133,7 +135,7 @@ def _curriculum(config: Config) -> Iterator[Problem]:
                 f"crops would shrink from {smaller} to {size} px; type curriculum.{name}={size} or less",
             )
         least = -(-(config.crops.blur_kernel_size // 2 + 1) // config.student.patch_size) * config.student.patch_size
-        if smaller <= config.crops.blur_kernel_size // 2 and max(config.crops.blur_probability) > 0:
+        if blur and smaller <= config.crops.blur_kernel_size // 2:
             yield Problem(
                 (f"curriculum.{name}", "crops.blur_kernel_size"),
                 f"{smaller} px are too few for the blur's kernel; type curriculum.{name}={least} or more, or a smaller "

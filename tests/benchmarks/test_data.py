@@ -18,8 +18,8 @@ def test_each_action_is_warmed_up_and_then_called_in_every_round() -> None:
 
 def test_every_stage_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "found.json"
-    tiny = "--width 60 --height 45 --images 2 --batch 2 --rounds 1 --workers 1 --batches 1 --device cpu --json"
-    data.main([*tiny.split(), str(path)])
+    tiny = "--width 60 --height 45 --crops 32 16 --images 2 --batch 2 --device cpu --json"
+    data.main(["--rounds=1", "--workers=1", "--batches=1", *tiny.split(), str(path)])
     found = json.loads(path.read_text())
     stages = [row["stage"] for row in found["rows"]]
     assert len(stages) == len(set(stages)) == 16 and all(row["images_per_second"] > 0 for row in found["rows"])
