@@ -20,6 +20,8 @@ from dinocomp.build.optim import build_optimizer
 from dinocomp.config import Config, derive, load_config
 from dinocomp.config.memory import Memory, estimate
 from dinocomp.data import Batch, max_masked_patches, split_batch
+from dinocomp.data.crops import CropParameters
+from dinocomp.data.device import pack
 from dinocomp.data.masks import batch_masks
 from dinocomp.method import DINOv2
 from dinocomp.method.parts import MaskedRows
@@ -53,6 +55,11 @@ def random_batch(config: Config, masks: torch.Tensor, device: str) -> Batch:
         name: torch.randint(256, (images, number, 3, side, side), dtype=torch.uint8, device=device)
         for name, (number, side) in sides.items()
     }
+    if config.performance.device_augment:
+        nothing = CropParameters((0, 0, 1, 1), False, (), False, None, False)
+        unchanged = torch.tensor(pack(nothing), device=device)  # [P]
+        for name, (number, _) in sides.items():
+            pixels[name.replace("crops", "colours")] = unchanged.expand(images, number, -1)
     index = torch.arange(images, device=device)
     return Batch(**pixels, masks=masks.to(device), index=index, replaced=torch.full_like(index, -1))
 

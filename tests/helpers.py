@@ -45,6 +45,13 @@ TINY = {
     "loggers.period_iterations": 1,
 }
 
+# Smaller crops up to the 7th of a tiny run's 12 iterations, of 3 x 3 patches.
+CURRICULUM = {
+    "curriculum__fraction": 0.6,
+    "curriculum__global_crops_size": 12,
+    "curriculum__local_crops_size": 8,
+}
+
 
 def words(output: Path, **changes) -> list[str]:
     """`key=value` words of a run of 12 iterations on digits; a change is named like its key, with __ for the dot."""

@@ -27,6 +27,7 @@ CASES = {
     "micro-batches-full": ("train.microbatch_size=2", "recipes=[low_memory]"),
     "logits": ("dino.head_n_prototypes=65536", "train.batch_size_per_gpu=4"),
     "long-recipe": ("recipes=[swiglu,separate_heads,sinkhorn]", "student.drop_path_rate=0", "student.layerscale=0"),
+    "device-augment": ("performance.device_augment=true", "recipes=[low_memory]"),
     "no-local-crops": ("crops.local_crops_number=0", "ibot.loss_weight=0"),
     "rising-drop-path": ("student.drop_path_uniform=false", "student.drop_path_rate=0.6"),
 }

@@ -23,7 +23,7 @@ from dinocomp.errors import ConfigError
 from dinocomp.train import main
 
 from . import processes
-from .helpers import load_checkpoint, metrics, words, yaml_of_nothing
+from .helpers import CURRICULUM, load_checkpoint, metrics, words, yaml_of_nothing
 from .sharding import shard_on_cpu
 
 pytestmark = pytest.mark.usefixtures("one_cache")
@@ -235,9 +235,10 @@ def test_alike_blocks_are_compiled_once(recompute: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_an_eager_one_but_for_rounding(tmp_path: Path) -> None:
-    """With blocks that differ, and computed again in part."""
-    changes = {"parallelism__activation_checkpointing": "selective", "student__drop_path_uniform": "false"}
+@pytest.mark.parametrize("more", [{}, CURRICULUM | {"performance__device_augment": "true"}], ids=["blocks", "pixels"])
+def test_a_compiled_run_is_an_eager_one_but_for_rounding(tmp_path: Path, more: dict) -> None:
+    """With blocks that differ, and computed again in part; with colours on the device and crops of four sizes."""
+    changes = {"parallelism__activation_checkpointing": "selective", "student__drop_path_uniform": "false", **more}
     run = processes.start([yaml_of_nothing(tmp_path), "recipes=[fast]", *words(tmp_path / "fast", **PLAIN, **changes)])
     assert processes.finish(run, 600) == 0
     assert_near(train(tmp_path, "eager", **changes), tmp_path / "fast", rel=3e-5)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,7 +13,7 @@ import dinocomp
 from dinocomp.train import main
 
 from . import processes
-from .helpers import launch, load_checkpoint, metrics, words, yaml_of_nothing
+from .helpers import CURRICULUM, launch, load_checkpoint, metrics, words, yaml_of_nothing
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 
@@ -49,9 +50,14 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     assert [line["iteration"] for line in metrics(output)] == list(range(1, 17))
 
 
-def test_two_processes_are_one(tmp_path: Path, free_port: int) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"performance__device_augment": "true"}, CURRICULUM],
+    ids=["workers", "device", "curriculum"],
+)
+def test_two_processes_are_one(tmp_path: Path, free_port: int, changes: dict) -> None:
     """Two ranks of 4 images train as one of 8: the same crops and masks, and the same terms but for rounding."""
-    same = {"train__centering": "sinkhorn_knopp", "student__drop_path_rate": 0, "dino__koleo_loss_weight": 0}
+    same = {"train__centering": "sinkhorn_knopp", "student__drop_path_rate": 0, "dino__koleo_loss_weight": 0, **changes}
     for number in (1, 2):
         # The learning rate follows the global batch, which is the same.
         settings = words(tmp_path / str(number), **same, train__batch_size_per_gpu=8 // number)
@@ -64,6 +70,17 @@ def test_two_processes_are_one(tmp_path: Path, free_port: int) -> None:
     last = [(tmp_path / n / "evaluation.jsonl").read_text().splitlines()[-1] for n in "12"]
     accuracies = [json.loads(line)["knn_top1"]["5"] for line in last]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.01), "rounding may turn an image or two"
+
+
+def test_colours_on_the_device(tmp_path: Path) -> None:
+    """The run's losses and its first picture are those of a run whose workers change the colours."""
+    for name, recipes in (("workers", "[]"), ("device", "[device_augment]")):
+        assert main([yaml_of_nothing(tmp_path), *words(tmp_path / name, optim__epochs=1), f"recipes={recipes}"]) == 0
+    workers, device = (metrics(tmp_path / name) for name in ("workers", "device"))
+    for a, b in zip(workers, device, strict=True):
+        assert a["loss/total"] == pytest.approx(b["loss/total"], rel=1e-3)
+    pictures = [np.asarray(Image.open(tmp_path / n / "pictures/first_batch.png"), int) for n in ("workers", "device")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_written_config_reproduces_the_run(tmp_path: Path) -> None:

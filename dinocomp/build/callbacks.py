@@ -9,7 +9,7 @@ import torch
 from composer import Callback
 from composer.utils import dist
 
-from dinocomp.build.model import backbone_arguments
+from dinocomp.build.model import backbone_arguments, build_colours
 from dinocomp.build.optim import build_schedules
 from dinocomp.build.start import Start
 from dinocomp.callbacks import (
@@ -106,7 +106,7 @@ def build_callbacks(
     return Callbacks(
         random_state=RestoreRandomState(),
         schedules=ApplySchedules(model, schedules, multipliers),
-        picture=FirstBatchPicture(output / "pictures" / "first_batch.png"),
+        picture=FirstBatchPicture(output / "pictures" / "first_batch.png", build_colours(config)),
         bad_images=bad_images,
         micro_batches=MicroBatches(model),
         clip=clip,

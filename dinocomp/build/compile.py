@@ -7,7 +7,7 @@ import shutil
 import torch
 from torch import nn
 
-from dinocomp.config import Config
+from dinocomp.config import Config, derive
 from dinocomp.errors import ConfigError
 from dinocomp.method import DINOv2
 from dinocomp.models import DINOHead
@@ -36,8 +36,8 @@ def check_compiler(config: Config, gpu: bool) -> None:
 
 
 def compile_networks(config: Config, model: DINOv2) -> None:
-    """Compiles each transformer block and each head, of student and teacher, and what makes patches of pixels, for the
-    shapes that they meet.
+    """Compiles each transformer block and each head, of student and teacher, and what makes pixels of crops and patches
+    of pixels, for the shapes that they meet.
 
     Not whole networks: blocks are alike, so one is compiled and all use its code, which takes a minute instead of many,
     and sharding goes on to gather and free them one by one. What is compiled is `forward` alone, inside of what
@@ -47,8 +47,10 @@ def compile_networks(config: Config, model: DINOv2) -> None:
         return
     how = {"mode": "reduce-overhead"} if config.performance.cuda_graphs else {}
     nets = [net for role in ("student", "teacher") for net in model.networks(role).values()]
-    units = [model.normalize, *(unit for net in nets for unit in _units(net))]
-    _allow_variants(2 * len(units))
+    pixels = [model.normalize] if model.colours is None else [model.colours, model.normalize]
+    units = [*pixels, *(unit for net in nets for unit in _units(net))]
+    sizes = 4 if derive.first_phase(config) else 2  # of crops
+    _allow_variants(sizes * len(units))
     for unit in units:
         unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=True, **how)
 

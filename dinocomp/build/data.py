@@ -7,7 +7,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from dinocomp.config import Config, derive
-from dinocomp.data import CropSettings, Images, MaskSettings, open_images, training_loader
+from dinocomp.data import CropSettings, FirstPhase, Images, MaskSettings, open_images, training_loader
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def mask_settings(config: Config) -> MaskSettings:
 
 def build_loader(config: Config, images: Images, *, pin_memory: bool) -> DataLoader:
     """This rank's batches of the whole run."""
+    phase = derive.first_phase(config)
     return training_loader(
         images,
         crops=crop_settings(config),
@@ -68,4 +69,7 @@ def build_loader(config: Config, images: Images, *, pin_memory: bool) -> DataLoa
         timeout_seconds=config.data.timeout_seconds,
         pin_memory=pin_memory,
         skip_bad=config.data.on_bad_image == "skip",
+        device_augment=config.performance.device_augment,
+        scaled_decode=config.performance.scaled_decode,
+        first_phase=FirstPhase(phase[0], crop_settings(phase[1]), mask_settings(phase[1])) if phase else None,
     )

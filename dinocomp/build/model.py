@@ -11,6 +11,7 @@ from dinocomp.data import max_masked_patches
 from dinocomp.interop import load_backbone, load_run
 from dinocomp.method import DINOv2, LossWeights, Networks
 from dinocomp.method.losses import Centering, SinkhornKnopp, build_targets
+from dinocomp.method.pixels import Colours
 from dinocomp.models import DINOHead, VisionTransformer
 
 
@@ -110,6 +111,7 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
         std=config.crops.std,
         max_masked=_max_masked(config, world_size),
         koleo_distributed=config.dino.koleo_distributed,
+        colours=build_colours(config),
     )
     if initial_weights and config.MODEL.WEIGHTS:
         load_run(
@@ -121,13 +123,22 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
     return model
 
 
-def _max_masked(config: Config, world_size: int) -> dict[int, int]:
-    """The most masked patches of a rank's batch and of a micro-batch, by their number of images.
+def build_colours(config: Config) -> Colours | None:
+    """What changes the crops' colours on the device; None where the workers do."""
+    if not config.performance.device_augment:
+        return None
+    blurred = max(config.crops.blur_probability) > 0
+    return Colours(config.crops.blur_kernel_size if blurred else 1, config.crops.solarize_threshold)
+
+
+def _max_masked(config: Config, world_size: int) -> dict[tuple[int, int], int]:
+    """The most masked patches of a rank's batch and of a micro-batch, by (images, patches of a global crop).
 
     Micro-batches lie in a rank's batch as ranks lie in the global one.
     """
-    images = derive.images_per_iteration(config, world_size)
+    images, phase = derive.images_per_iteration(config, world_size), derive.first_phase(config)
     return {
-        size: max_masked_patches(mask_settings(config), images, images // size)
+        (size, masks.patches): max_masked_patches(masks, images, images // size)
+        for masks in (mask_settings(config), *([mask_settings(phase[1])] if phase else []))
         for size in {config.train.batch_size_per_gpu, derive.micro_batch(config)}
     }

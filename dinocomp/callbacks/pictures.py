@@ -9,10 +9,23 @@ from composer.utils import dist
 from PIL import Image
 from torch import Tensor
 
-from dinocomp.data import Batch
+from dinocomp.data import Batch, split_batch
+from dinocomp.method.pixels import Colours
+
+_ROWS = 8  # images in the picture, at most
 
 
-def batch_picture(batch: Batch, images: int = 8, tile: int = 112) -> Image.Image:
+def coloured(batch: Batch, colours: Colours) -> Batch:
+    """A batch whose crops' colours are left to the device, with the crops that the networks see."""
+    found = dict(batch)
+    for kind in ("global", "local"):
+        crops = batch[f"{kind}_crops"]  # uint8 [B, crops, 3, side, side]
+        changed = colours(crops.flatten(0, 1), batch[f"{kind}_colours"].flatten(0, 1))
+        found[f"{kind}_crops"] = changed.view_as(crops)
+    return found
+
+
+def batch_picture(batch: Batch, images: int = _ROWS, tile: int = 112) -> Image.Image:
     """One row an image: its two global crops, each plain and with its masked patches greyed, then its local crops.
 
     Args:
@@ -39,10 +52,16 @@ def batch_picture(batch: Batch, images: int = 8, tile: int = 112) -> Image.Image
 
 
 class FirstBatchPicture(Callback):
-    """Writes `path` from the first batch that rank 0 sees, unless it is there."""
+    """Writes `path` from the first batch that rank 0 sees, unless it is there.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        colours: what changes the crops' colours on the device, where the workers do not; not compiled, as it sees fewer
+            crops than a step has.
+    """
+
+    def __init__(self, path: Path, colours: Colours | None = None) -> None:
         self.path = path
+        self.colours = colours
         self.done = False
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -51,4 +70,7 @@ class FirstBatchPicture(Callback):
         self.done = True
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            batch_picture({name: field.cpu() for name, field in state.batch.items()}).save(self.path)
+            batch = split_batch(state.batch, _ROWS)[0]
+            if self.colours is not None:
+                batch = coloured(batch, self.colours)
+            batch_picture({name: field.cpu() for name, field in batch.items()}).save(self.path)

@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dinocomp.config.derive import architecture, cache_limit, global_patches
+from dinocomp.config.derive import architecture, cache_limit, first_phase, global_patches
 from dinocomp.config.schema import Config
 from dinocomp.errors import ConfigError
 
+_CROP_SIZE = r"crops\.((global|local)_crops_size)"
 _ADDRESS = r"\w[\w+.-]*://."
 
 
@@ -21,7 +22,10 @@ class Problem:
 
 def problems(config: Config) -> list[Problem]:
     """Every impossible combination in a configuration whose single values are all in range."""
-    checks = (_network, _losses, _masks, _lengths, _crops, _device, _compiled, _micro_batches, _places, _checkpoints)
+    checks = (
+        *(_network, _losses, _masks, _lengths, _crops, _curriculum),
+        *(_device, _compiled, _micro_batches, _places, _checkpoints),
+    )
     return [problem for check in checks for problem in check(config)]
 
 
@@ -113,6 +117,35 @@ def _crops(config: Config) -> Iterator[Problem]:
         )
     if not config.evaluation.knn_k:
         yield Problem(("evaluation.knn_k",), "name at least one number of neighbours; type evaluation.knn_k=[20]")
+
+
+def _curriculum(config: Config) -> Iterator[Problem]:
+    """What would be wrong with a run of the smaller crops alone, and crops that are not smaller."""
+    phase = first_phase(config)
+    if phase is None:
+        return
+    blurred = {"global_crops_size": max(config.crops.blur_probability[:2]) > 0}
+    if config.crops.local_crops_number:
+        blurred["local_crops_size"] = config.crops.blur_probability[2] > 0
+    for name, blur in blurred.items():
+        smaller, size = getattr(phase[1].crops, name), getattr(config.crops, name)
+        if smaller > size:
+            yield Problem(
+                (f"curriculum.{name}", f"crops.{name}"),
+                f"crops would shrink from {smaller} to {size} px; type curriculum.{name}={size} or less",
+            )
+        least = -(-(config.crops.blur_kernel_size // 2 + 1) // config.student.patch_size) * config.student.patch_size
+        if blur and smaller <= config.crops.blur_kernel_size // 2:
+            yield Problem(
+                (f"curriculum.{name}", "crops.blur_kernel_size"),
+                f"{smaller} px are too few for the blur's kernel; type curriculum.{name}={least} or more, or a smaller "
+                "crops.blur_kernel_size",
+            )
+    for check in (_network, _masks):
+        for problem in check(phase[1]):
+            if any(key in ("crops.global_crops_size", "crops.local_crops_size") for key in problem.keys):
+                keys = tuple(re.sub(_CROP_SIZE, r"curriculum.\1", key) for key in problem.keys)
+                yield Problem(keys, re.sub(_CROP_SIZE, r"curriculum.\1", problem.message))
 
 
 def _device(config: Config) -> Iterator[Problem]:

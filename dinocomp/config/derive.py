@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dinocomp.config.schema import Config, Student
@@ -48,6 +48,19 @@ class HeadSize:
 def total_iterations(config: Config) -> int:
     """Optimizer steps of the whole run: official epochs times their length."""
     return config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
+
+
+def first_phase(config: Config) -> tuple[int, Config] | None:
+    """How many iterations, from the first on, see smaller crops, and the configuration that holds in them; or None."""
+    iterations, curriculum = round(config.curriculum.fraction * total_iterations(config)), config.curriculum
+    if not iterations:
+        return None
+    patch = config.student.patch_size
+    sizes = {
+        name: getattr(curriculum, name) or math.ceil(getattr(config.crops, name) / 2 / patch) * patch
+        for name in ("global_crops_size", "local_crops_size")
+    }
+    return iterations, replace(config, crops=replace(config.crops, **sizes))
 
 
 def images_per_iteration(config: Config, world_size: int) -> int:

@@ -1,12 +1,13 @@
 """What a run would be, in words, before any of it is done."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from dinocomp.config.advice import Advice, warnings
 from dinocomp.config.derive import (
     architecture,
     checkpoint_interval,
+    first_phase,
     global_patches,
     images_per_iteration,
     milestone_interval,
@@ -113,7 +114,7 @@ def _numbers(
             f"{peak:.4g} ({rule}), after {optim.warmup_epochs * train.OFFICIAL_EPOCH_LENGTH:,} iterations",
         ),
         ("network", f"{size.depth} blocks, {size.embed_dim} wide, {size.num_heads} heads, {config.student.ffn_layer}"),
-        ("crops of each image", _crops_line(loaded)),
+        ("crops of each image", _crops_line(loaded.config)),
         ("precision", f"{precision(config, on_gpu=True)} on a GPU" + _cpu_precision(loaded)),
     ]
     rows += [(f"parameters, {name}", f"{count:,}") for name, count in parameters.items()]
@@ -159,10 +160,16 @@ def _too_large(plan: MemoryPlan) -> Advice:
     )
 
 
-def _crops_line(loaded: LoadedConfig) -> str:
-    crops = loaded.config.crops
+def _crops_line(config: Config) -> str:
+    crops = config.crops
     local = f", {crops.local_crops_number} local of {crops.local_crops_size} px" if crops.local_crops_number else ""
-    return f"2 global of {crops.global_crops_size} px ({global_patches(loaded.config)} patches each){local}"
+    line = f"2 global of {crops.global_crops_size} px ({global_patches(config)} patches each){local}"
+    phase = first_phase(config)
+    if phase is None:
+        return line
+    iterations, smaller = phase
+    at_first = _crops_line(replace(smaller, curriculum=replace(smaller.curriculum, fraction=0.0)))
+    return f"{at_first} in the first {iterations:,} iterations, then {line}"
 
 
 def _cpu_precision(loaded: LoadedConfig) -> str:

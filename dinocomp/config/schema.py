@@ -258,6 +258,19 @@ class Crops:
 
 
 @dataclass(frozen=True)
+class Curriculum:
+    fraction: float = key(
+        0.0, "share of the iterations, from the first on, that see smaller crops (0 = none)", minimum=0, below=1
+    )
+    global_crops_size: int = key(
+        0, "side of a global crop in them (pixels; 0 = half of crops.global_crops_size, up to whole patches)", minimum=0
+    )
+    local_crops_size: int = key(
+        0, "side of a local crop in them (pixels; 0 = half of crops.local_crops_size, up to whole patches)", minimum=0
+    )
+
+
+@dataclass(frozen=True)
 class Evaluation:
     eval_period_iterations: int = key(
         12500, "k-NN evaluation of the teacher every so many iterations (0 = never)", minimum=0
@@ -340,6 +353,16 @@ class Performance:
         "let Python look for circular garbage every so many iterations, on all ranks alike (0 = when it likes)",
         minimum=0,
     )
+    device_augment: bool = key(
+        False,
+        "change the crops' colours on the training device instead of in the data workers: several times as many images "
+        "a core, the same augmentation",
+    )
+    scaled_decode: bool = key(
+        False,
+        "decode a JPEG at a half, quarter or eighth of its size where every crop has at least twice its pixels there: "
+        "for large images; crops differ by about one level in 255",
+    )
 
 
 @dataclass(frozen=True)
@@ -379,6 +402,7 @@ class Config:
     teacher: Teacher = section(Teacher, "momentum and temperature of the teacher")
     optim: Optim = section(Optim, "AdamW and its schedules")
     crops: Crops = section(Crops, "crops and augmentation")
+    curriculum: Curriculum = section(Curriculum, "smaller crops at the beginning")
     evaluation: Evaluation = section(Evaluation, "k-NN while training")
     data: Data = section(Data, "shards and loading")
     checkpoint: Checkpoint = section(Checkpoint, "saving and resuming")

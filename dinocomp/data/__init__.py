@@ -4,7 +4,7 @@ from dinocomp.data.batch import Batch, split_batch
 from dinocomp.data.crops import CropSettings, evaluation_view, multi_crop
 from dinocomp.data.images import decode_rgb
 from dinocomp.data.listing import ClassName, Source
-from dinocomp.data.loader import MultiCropDataset, training_loader
+from dinocomp.data.loader import FirstPhase, MultiCropDataset, training_loader
 from dinocomp.data.masks import MaskSettings, batch_masks, block_mask, max_masked_patches
 from dinocomp.data.order import TrainingOrder
 from dinocomp.data.reader import BadImage, Images, Sample
@@ -18,6 +18,7 @@ __all__ = [
     "Batch",
     "ClassName",
     "CropSettings",
+    "FirstPhase",
     "Images",
     "MaskSettings",
     "MultiCropDataset",

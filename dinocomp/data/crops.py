@@ -6,17 +6,20 @@ Pixels are normalised later, on the device.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from dinocomp.data.pixels import adjust_hue, gaussian_blur
+from dinocomp.data import pixels as operations
 from dinocomp.errors import ConfigError
 
 GLOBAL_CROPS = 2  # the losses pair exactly two views
+_REDUCTIONS = (8, 4, 2)  # what a JPEG decoder can divide an image's sides by
+_SPARE = 2.0  # pixels of a reduced box for each of its crop, at least, in both directions: about 50 dB of the whole box
 
 
 @dataclass(frozen=True)
@@ -79,38 +82,81 @@ class CropParameters:
     blur_sigma: float | None
     solarize: bool
 
+    @property
+    def colours(self) -> bool:
+        """Whether anything happens behind cutting."""
+        return bool(self.jitter) or self.grayscale or self.blur_sigma is not None or self.solarize
+
 
 _JITTER = {
-    "brightness": F.adjust_brightness,
-    "contrast": F.adjust_contrast,
-    "saturation": F.adjust_saturation,
-    "hue": adjust_hue,
+    "brightness": operations.brightness,
+    "contrast": operations.contrast,
+    "saturation": operations.saturation,
+    "hue": operations.hue,
 }
 
 
 def multi_crop(
     image: torch.Tensor, settings: CropSettings, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw all crops of one image.
+    """Draw all crops of one image, uint8 [3, H, W], and carry them out; see `draw_crops` and `make_crops`."""
+    return make_crops(image, draw_crops(*image.shape[-2:], settings, rng), settings)
+
+
+def draw_crops(height: int, width: int, settings: CropSettings, rng: np.random.Generator) -> list[CropParameters]:
+    """Draw all crops of an image of `height` x `width`: the global ones, then the local ones.
+
+    Args:
+        rng: the only source of randomness; the same state gives the same crops.
+    """
+    views = (*range(GLOBAL_CROPS), *[None] * settings.local_crops_number)
+    return [draw_crop(height, width, settings, view, rng) for view in views]
+
+
+def largest_reduction(drawn: Sequence[CropParameters], settings: CropSettings) -> int:
+    """By how much (1, 2, 4, 8) an image's sides may be divided so that each crop still has pixels to spare.
+
+    Args:
+        drawn: of the global crops, then of the local ones.
+    """
+    sizes = [settings.global_crops_size] * GLOBAL_CROPS + [settings.local_crops_size] * settings.local_crops_number
+    ratio = min(min(parameters.box[2:]) / size for parameters, size in zip(drawn, sizes, strict=True))
+    return next((by for by in _REDUCTIONS if ratio >= _SPARE * by), 1)
+
+
+def on_reduced(parameters: CropParameters, size: tuple[int, int], reduced: tuple[int, int]) -> CropParameters:
+    """What was drawn for an image of `size` (height, width), for the same one decoded at the size `reduced`.
+
+    The box's edges go to the nearest pixels.
+    """
+    down, across = (small / whole for small, whole in zip(reduced, size, strict=True))
+    top, left, height, width = parameters.box
+    top, bottom = round(top * down), round((top + height) * down)
+    left, right = round(left * across), round((left + width) * across)
+    return replace(parameters, box=(top, left, bottom - top, right - left))
+
+
+def make_crops(
+    image: torch.Tensor, drawn: Sequence[CropParameters], settings: CropSettings, *, colours: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Carry out all crops of one image.
 
     Args:
         image: uint8 [3, H, W].
-        rng: the only source of randomness; the same state gives the same crops.
+        drawn: of the global crops, then of the local ones, for an image of that size.
+        colours: whether to change them; else crops are only cut and flipped.
 
     Returns:
         global crops uint8 [2, 3, G, G] (two independent draws) and local crops uint8 [L, 3, l, l] (L may be 0).
     """
-    height, width = image.shape[-2:]
-    large = [
-        apply_crop(image, settings.global_crops_size, draw_crop(height, width, settings, view, rng), settings)
-        for view in range(GLOBAL_CROPS)
-    ]  # 2 x [3, G, G]
-    size = settings.local_crops_size
-    small = [
-        apply_crop(image, size, draw_crop(height, width, settings, None, rng), settings)
-        for _ in range(settings.local_crops_number)
-    ]  # L x [3, l, l]
-    return torch.stack(large), torch.stack(small) if small else image.new_empty((0, 3, size, size))
+    large, small = settings.global_crops_size, settings.local_crops_size
+    global_crops = torch.empty((GLOBAL_CROPS, 3, large, large), dtype=torch.uint8)
+    local_crops = torch.empty((settings.local_crops_number, 3, small, small), dtype=torch.uint8)
+    for crop, parameters in zip((*global_crops, *local_crops), drawn, strict=True):
+        cut(image, parameters, crop)
+        if colours:
+            colour(crop, parameters, settings)
+    return global_crops, local_crops
 
 
 def draw_crop(
@@ -123,7 +169,7 @@ def draw_crop(
     jitter = draw_jitter(settings, rng) if rng.random() < settings.color_jitter_probability else ()
     grayscale = rng.random() < settings.grayscale_probability
     blur = rng.random() < settings.blur_probability[2 if view is None else view]
-    sigma = float(rng.uniform(*settings.blur_sigma)) if blur else None
+    sigma = _between(*settings.blur_sigma, rng) if blur else None
     solarize = view == 1 and rng.random() < settings.solarize_probability
     return CropParameters(box, bool(flip), jitter, bool(grayscale), sigma, bool(solarize))
 
@@ -137,8 +183,8 @@ def draw_box(
     """
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        area = height * width * rng.uniform(scale[0], scale[1])
-        aspect = math.exp(rng.uniform(log_low, log_high))
+        area = height * width * _between(*scale, rng)
+        aspect = math.exp(_between(log_low, log_high, rng))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
@@ -158,26 +204,45 @@ def draw_jitter(settings: CropSettings, rng: np.random.Generator) -> tuple[tuple
         strength = getattr(settings, name)
         if strength > 0:
             low, high = (-strength, strength) if name == "hue" else (max(0.0, 1.0 - strength), 1.0 + strength)
-            operations.append((name, float(rng.uniform(low, high))))
+            operations.append((name, _between(low, high, rng)))
     return tuple(operations)
+
+
+def _between(low: float, high: float, rng: np.random.Generator) -> float:
+    """The number that `rng.uniform` would give, in a third of its time."""
+    return low + (high - low) * rng.random()
 
 
 def apply_crop(image: torch.Tensor, size: int, parameters: CropParameters, settings: CropSettings) -> torch.Tensor:
     """Carry out one drawn crop: uint8 [3, H, W] -> uint8 [3, size, size]."""
-    bicubic = InterpolationMode.BICUBIC
-    crop = F.resized_crop(image, *parameters.box, [size, size], bicubic, antialias=True)  # [3, size, size]
-    crop = crop.contiguous()  # the resize keeps channels last; the colour operations are faster on planes
-    if parameters.flip:
-        crop = F.horizontal_flip(crop)  # [3, size, size], as all below
-    for name, factor in parameters.jitter:
-        crop = _JITTER[name](crop, factor)
-    if parameters.grayscale:
-        crop = F.rgb_to_grayscale(crop, num_output_channels=3)
-    if parameters.blur_sigma is not None:
-        crop = gaussian_blur(crop, settings.blur_kernel_size, parameters.blur_sigma)
-    if parameters.solarize:
-        crop = F.solarize(crop, float(settings.solarize_threshold))
+    crop = torch.empty((3, size, size), dtype=torch.uint8)
+    cut(image, parameters, crop)
+    colour(crop, parameters, settings)
     return crop
+
+
+def cut(image: torch.Tensor, parameters: CropParameters, crop: torch.Tensor) -> None:
+    """Fill `crop`, uint8 [3, size, size], with its box of the image, uint8 [3, H, W], flipped or not."""
+    top, left, height, width = parameters.box
+    box = image[None, :, top : top + height, left : left + width]  # [1, 3, height, width]
+    resized = interpolate(box, crop.shape[-2:], mode="bicubic", antialias=True)[0]  # [3, size, size]
+    crop.copy_(resized.flip(-1) if parameters.flip else resized)
+
+
+def colour(crop: torch.Tensor, parameters: CropParameters, settings: CropSettings) -> None:
+    """Change the colours of `crop`, uint8 [3, size, size], as drawn: everything behind `cut`."""
+    if not parameters.colours:
+        return
+    pixels = operations.to_pixels(crop)  # [3, size, size], as all below
+    for name, factor in parameters.jitter:
+        pixels = _JITTER[name](pixels, factor)
+    if parameters.grayscale:
+        pixels = operations.grey(pixels)
+    if parameters.blur_sigma is not None:
+        pixels = operations.blur(pixels, settings.blur_kernel_size, parameters.blur_sigma)
+    if parameters.solarize:
+        pixels = operations.solarize(pixels, settings.solarize_threshold)
+    crop.copy_(operations.to_crop(pixels))
 
 
 def evaluation_view(image: torch.Tensor, resize: int, crop: int) -> torch.Tensor:

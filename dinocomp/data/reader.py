@@ -10,7 +10,7 @@ import torch
 
 from dinocomp.data.convert import read_manifest
 from dinocomp.data.damage import damage
-from dinocomp.data.images import decode_rgb
+from dinocomp.data.images import Reduction, decode_rgb
 from dinocomp.data.index import INDEX, cached_index, check_files, fetch_json, put_index, read_index
 from dinocomp.data.listing import NO_LABEL, ClassName
 from dinocomp.data.report import MANIFEST
@@ -133,7 +133,7 @@ class Images:
                 f"image {index} of {self.path} cannot be read: {error}.{self._shard_in_words(index)}"
             ) from error
 
-    def decode(self, index: int) -> tuple[Sample, torch.Tensor]:
+    def decode(self, index: int, reduction: Reduction | None = None) -> tuple[Sample, torch.Tensor]:
         """One stored image and its pixels, uint8 [3, H, W], see `decode_rgb`.
 
         Raises:
@@ -142,10 +142,10 @@ class Images:
         """
         stored = self[index]
         try:
-            return stored, decode_rgb(stored.image)
+            return stored, decode_rgb(stored.image, reduction)
         except DataError as error:
             if self._fresh(index):
-                return self.decode(index)
+                return self.decode(index, reduction)
             raise BadImage(
                 f"image {stored.key!r} (sample {index} of {self.path}) cannot be decoded: {error}."
                 f"{self._shard_in_words(index)}"

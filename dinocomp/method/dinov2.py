@@ -22,6 +22,7 @@ from dinocomp.method.losses import (
     with_gradient,
 )
 from dinocomp.method.parts import MaskedRows, Part, TeacherRows, look_ahead
+from dinocomp.method.pixels import Colours, Normalize
 from dinocomp.method.shell import Shell, whole_weights
 from dinocomp.models import DINOHead, Rows, VisionTransformer
 
@@ -42,18 +43,6 @@ class LossWeights:
     dino: float
     ibot: float
     koleo: float
-
-
-class Normalize(nn.Module):
-    """uint8 pixels to (x / 255 - mean) / std, fp32: [..., C, H, W] -> the same."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.float() / 255 - self.mean) / self.std
 
 
 @dataclass
@@ -82,9 +71,10 @@ class DINOv2(ComposerModel):
         weights: of the loss terms.
         student_temp: softmax temperature of the student.
         mean, std: of the pixels, by channel, in [0, 1].
-        max_masked: most masked patches that so many images on a rank can have, by number of images; they are counted in
-            every batch of another number.
+        max_masked: most masked patches that a batch on a rank can have, by (images, patches of a global crop); they are
+            counted in every batch of others.
         koleo_distributed: whether KoLeo looks for neighbours among the images of all ranks.
+        colours: what changes the crops' colours here, where the workers did not; batches then say how.
 
     Attributes:
         teacher_temp, momentum: of the present iteration; a callback sets them, until then they are None.
@@ -104,8 +94,9 @@ class DINOv2(ComposerModel):
         student_temp: float,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        max_masked: Mapping[int, int],
+        max_masked: Mapping[tuple[int, int], int],
         koleo_distributed: bool = False,
+        colours: Colours | None = None,
     ) -> None:
         super().__init__()
         self.weights = weights
@@ -119,6 +110,7 @@ class DINOv2(ComposerModel):
         self._gauges = TeacherGauges()
         self._parts: deque[Part] = deque()  # of the micro-batches to come
 
+        self.colours = colours
         self.normalize = Normalize(mean, std)
         self.dino_targets = dino_targets
         self.ibot_targets = ibot_targets
@@ -151,7 +143,8 @@ class DINOv2(ComposerModel):
 
     def unsharded(self) -> tuple[nn.Module, ...]:
         """The modules without weights."""
-        return self.normalize, self.dino_targets, self.ibot_targets
+        modules = (self.colours, self.normalize, self.dino_targets, self.ibot_targets)
+        return tuple(module for module in modules if module is not None)
 
     def targets(self) -> dict[str, Centering | SinkhornKnopp]:
         """What makes targets of the teacher's logits, by loss ("dino", "ibot"), of those that are on."""
@@ -170,13 +163,20 @@ class DINOv2(ComposerModel):
         self.forget_batch()
         self._parts = deque(look_ahead(self, batches, to_device))
 
+    def _pixels(self, batch: Batch, kind: str) -> Tensor:
+        """What the networks see of the `global` or the `local` crops, crop-major: [2B, C, G, G] or [L * B, C, l, l]."""
+        crops = _crop_major(batch[f"{kind}_crops"])
+        if self.colours is not None:
+            crops = self.colours(crops, _crop_major(batch[f"{kind}_colours"]))
+        return self.normalize(crops)
+
     def global_inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None, MaskedRows | None]:
         """What the networks see of the global crops: pixels [2B, C, G, G], crop-major, masks [2B, N] and their rows."""
-        crops = self.normalize(batch["global_crops"].transpose(0, 1).flatten(0, 1))  # [2B, C, G, G]
+        crops = self._pixels(batch, "global")
         if not self.weights.ibot:
             return crops, None, None
-        masks = batch["masks"].transpose(0, 1).flatten(0, 1)  # [2B, N]
-        return crops, masks, MaskedRows.of(masks, self.max_masked.get(len(crops) // 2))
+        masks = _crop_major(batch["masks"])  # [2B, N]
+        return crops, masks, MaskedRows.of(masks, self.max_masked.get((len(crops) // 2, masks.shape[1])))
 
     def ask_teacher(self, crops: Tensor, masked: MaskedRows | None) -> TeacherRows:
         """The teacher's tokens of unmasked global crops [2B, C, G, G] that its heads are asked about."""
@@ -202,8 +202,7 @@ class DINOv2(ComposerModel):
         student_crops, student_masks, kept, patches = [crops], [masks], [part.kept], [masked and masked.index]
         num_local = batch["local_crops"].shape[1] if self.weights.dino else 0
         if num_local:
-            local_crops = batch["local_crops"].transpose(0, 1).flatten(0, 1)  # [L * B, C, l, l]
-            student_crops.append(self.normalize(local_crops))
+            student_crops.append(self._pixels(batch, "local"))
             student_masks.append(None)
             kept.append(None)
             patches.append(None)
@@ -304,3 +303,6 @@ class DINOv2(ComposerModel):
     def _parameters_of(self, role: str) -> Iterator[nn.Parameter]:
         for net in self.networks(role).values():
             yield from net.parameters()
+def _crop_major(field: Tensor) -> Tensor:
+    """[B, crops, ...] -> [crops * B, ...]."""
+    return field.transpose(0, 1).flatten(0, 1)

@@ -127,4 +127,4 @@ def _see(
 
 def _global(batch: Batch) -> dict[str, Tensor]:
     """What is looked at ahead; local crops stay where they are."""
-    return {name: batch[name] for name in ("global_crops", "masks")}
+    return {name: batch[name] for name in ("global_crops", "global_colours", "masks") if name in batch}

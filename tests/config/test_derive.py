@@ -1,5 +1,7 @@
 """What follows from a configuration, which combinations are refused, and what is warned about."""
 
+from dataclasses import replace
+
 import pytest
 
 from dinocomp.config import Config, load_config
@@ -73,6 +75,23 @@ def test_precision() -> None:
             d.precision(made(f"performance.precision={wanted}"), False)
 
 
+def test_the_first_phase_of_a_curriculum() -> None:
+    """Half the sides, up to whole patches, unless they are given; the rest of the run is as it was."""
+    assert d.first_phase(made()) is None and d.first_phase(made("curriculum.fraction=1e-9")) is None
+    words = ["curriculum.fraction=0.75", "optim.epochs=100", "train.OFFICIAL_EPOCH_LENGTH=10"]
+    for more, sizes in [
+        ([], (112, 48)),
+        (["student.patch_size=14", "crops.local_crops_size=98"], (112, 56)),
+        (["curriculum.global_crops_size=160"], (160, 48)),
+    ]:
+        config = made(*words, *more)
+        iterations, smaller = d.first_phase(config)
+        assert iterations == 750
+        assert (smaller.crops.global_crops_size, smaller.crops.local_crops_size) == sizes
+        assert replace(smaller, crops=config.crops) == config
+    assert d.global_patches(smaller) == 100 and d.evaluation_crop(config) == (256, 224)
+
+
 def test_evaluation_crop() -> None:
     assert d.evaluation_crop(made()) == (256, 224)
     assert d.evaluation_crop(load_config("quickstart").config)[1] == 16
@@ -100,6 +119,10 @@ def test_evaluation_crop() -> None:
         (["dino.loss_weight=0", "ibot.loss_weight=0", "dino.koleo_loss_weight=0"], "nothing is left"),
         (["train.device=cpu", "performance.precision=fp16"], "performance.precision=fp32"),
         (["train.device=cpu", "performance.attention=xformers"], "performance.attention=sdpa"),
+        (["curriculum.global_crops_size=240", "curriculum.fraction=0.5"], "type curriculum.global_crops_size=224"),
+        (["curriculum.local_crops_size=50", "curriculum.fraction=0.5"], "type curriculum.local_crops_size=48 or"),
+        (["crops.blur_kernel_size=99", "curriculum.fraction=0.5"], "type curriculum.local_crops_size=64 or more"),
+        (["ibot.mask_ratio_min_max=[0,0.02]", "curriculum.fraction=0.5"], "of 49 patches none is ever masked"),
     ],
 )
 def test_impossible_combinations_are_refused_with_a_remedy(words: list[str], expected: str) -> None:

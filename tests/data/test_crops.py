@@ -8,8 +8,18 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import ColorJitter, GaussianBlur, Grayscale, InterpolationMode, RandomSolarize
 from torchvision.transforms.v2 import functional as F
 
-from dinocomp.data.crops import CropParameters, CropSettings, apply_crop, draw_box, draw_crop, draw_jitter, multi_crop
-from dinocomp.data.pixels import adjust_hue, gaussian_blur
+from dinocomp.data import pixels
+from dinocomp.data.crops import (
+    CropParameters,
+    CropSettings,
+    apply_crop,
+    draw_box,
+    draw_crop,
+    draw_jitter,
+    largest_reduction,
+    multi_crop,
+    on_reduced,
+)
 from dinocomp.errors import ConfigError
 
 SMALL = CropSettings(global_crops_size=32, local_crops_size=16, local_crops_number=3)
@@ -26,14 +36,22 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(difference.max() <= 1 and (difference > 0).float().mean() < 0.002)
 
 
+def adjust_hue(image: torch.Tensor, turn: float) -> torch.Tensor:
+    return pixels.to_crop(pixels.hue(pixels.to_pixels(image), turn))
+
+
+def gaussian_blur(image: torch.Tensor, kernel_size: int, sigma: float) -> torch.Tensor:
+    return pixels.to_crop(pixels.blur(pixels.to_pixels(image), kernel_size, sigma))
+
+
 @pytest.mark.parametrize("size", [(5, 9), (31, 64), (224, 224)])
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.5, 0.7, 0.75, 0.76, 2.0])
 def test_blur_is_torchvisions(size: tuple[int, int], sigma: float) -> None:
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert close(gaussian_blur(image, 9, sigma), F.gaussian_blur(image, [9, 9], [sigma, sigma]))
 
 
-@pytest.mark.parametrize("factor", [-0.5, -0.1, 0.0, 0.0371, 0.1, 0.5])
+@pytest.mark.parametrize("factor", [-0.5, -0.37, -0.1, 0.0, 0.0371, 0.1, 0.42, 0.5])
 def test_hue_is_torchvisions(factor: float) -> None:
     image = torch.randint(0, 256, (3, 200, 200), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image[:, :50] = image[:1, :50]  # grey
@@ -171,6 +189,33 @@ def test_operations_come_in_the_reference_order(smooth: torch.Tensor) -> None:
     ):
         crop = step(crop)
     assert torch.equal(apply_crop(smooth, 32, everything, SMALL), crop)
+
+
+def test_how_far_an_image_may_be_reduced() -> None:
+    """Each crop keeps twice its pixels, in both directions."""
+    settings = CropSettings(local_crops_number=1)
+    for boxes, expected in [
+        ([(900, 900), (900, 900), (400, 400)], 2),
+        ([(1800, 1800), (1800, 1800), (800, 800)], 4),
+        ([(1800, 1800), (1800, 1800), (800, 380)], 1),
+        ([(1800, 890), (1800, 1800), (800, 800)], 1),
+        ([(4000, 4000)] * 3, 8),
+        ([(300, 300), (300, 300), (150, 150)], 1),
+    ]:
+        assert largest_reduction([replace(PLAIN, box=(0, 0, *box)) for box in boxes], settings) == expected
+
+
+def test_boxes_on_a_reduced_image() -> None:
+    """Within it, also where its size was rounded up, and at most a pixel from where they were."""
+    for seed in range(50):
+        drawn = draw_crop(403, 301, CropSettings(), None, rng(seed))
+        top, left, height, width = on_reduced(drawn, (403, 301), (101, 76)).box
+        assert 0 <= top < top + height <= 101 and 0 <= left < left + width <= 76
+        edges = (drawn.box[0], drawn.box[1], drawn.box[0] + drawn.box[2], drawn.box[1] + drawn.box[3])
+        for edge, found in zip(edges, (top, left, top + height, left + width), strict=True):
+            assert abs(edge / 4 - found) <= 1
+    everything = CropParameters((0, 0, 403, 301), True, (("hue", 0.05),), True, 1.0, True)
+    assert on_reduced(everything, (403, 301), (101, 76)) == replace(everything, box=(0, 0, 101, 76))
 
 
 def test_memory_layout_does_not_matter(smooth: torch.Tensor) -> None:

@@ -99,6 +99,37 @@ def test_animation_gives_its_first_frame() -> None:
         assert red > 240 and blue < 15
 
 
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("by", [1, 2, 4, 8])
+def test_a_jpeg_at_a_lower_resolution(orientation: int, by: int) -> None:
+    """Upright, and like the mean of by x by pixels; the decoder is asked with the upright size."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(picture.resize((136, 72), Image.Resampling.BICUBIC), "JPEG", quality=95, exif=exif)
+    whole, asked = decode_rgb(data), []
+
+    def reduction(height: int, width: int) -> int:
+        asked.append((height, width))
+        return by
+
+    reduced = decode_rgb(data, reduction)
+    assert asked == [tuple(whole.shape[-2:])]
+    assert reduced.shape == (3, *(side // by for side in whole.shape[-2:]))
+    expected = torch.nn.functional.interpolate(whole[None].float(), reduced.shape[-2:], mode="area")[0]
+    assert (reduced.float() - expected).abs().mean() < 3
+
+
+def test_a_lower_resolution_is_rounded_up() -> None:
+    data = saved(Image.fromarray(ramp()).resize((131, 67)), "JPEG")
+    assert decode_rgb(data, lambda height, width: 4).shape == (3, 17, 33)
+
+
+def test_other_formats_are_decoded_whole() -> None:
+    data = saved(Image.fromarray(ramp()), "PNG")
+    assert torch.equal(decode_rgb(data, lambda height, width: 8), decode_rgb(data))
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [(b"", "0 bytes"), (b"hello, world", "not an image"), (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "damaged|not an image")],

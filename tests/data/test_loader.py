@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -16,13 +17,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data._utils import worker as torch_worker
 
 from dinocomp.data import CropSettings, MaskSettings, batch_masks, multi_crop, open_images, training_loader
-from dinocomp.data.images import decode_rgb
-from dinocomp.data.loader import Batch
+from dinocomp.data.device import DRAWN, colour_crops
+from dinocomp.data.images import Reduction, decode_rgb
+from dinocomp.data.loader import Batch, FirstPhase, MultiCropDataset
 from dinocomp.data.order import TrainingOrder, uniform_permutation
 from dinocomp.data.reader import Images, Sample
 from dinocomp.errors import DataError
 
-from .conftest import process
+from .conftest import image_bytes, process
 
 CROPS = CropSettings(global_crops_size=16, local_crops_size=8, local_crops_number=2)
 MASKS = MaskSettings((8, 8))
@@ -132,11 +134,47 @@ def test_batch_is_crops_and_masks_of_its_places(images: Images) -> None:
     assert torch.equal(batch["global_crops"][1], large) and torch.equal(batch["local_crops"][1], small)
 
 
-def test_workers_do_not_matter(images: Images) -> None:
-    alone = list(loader(images))
+def test_the_device_makes_of_a_batch_what_the_workers_do(images: Images) -> None:
+    """The same crops and flips, with what was drawn of their colours beside them."""
+    batch, ours = next(iter(loader(images))), next(iter(loader(images, device_augment=True)))
+    assert ours.keys() - batch.keys() == {"global_colours", "local_colours"}
+    for name in ("masks", "index", "replaced"):
+        assert torch.equal(ours[name], batch[name])
+    for kind in ("global", "local"):
+        crops, drawn = ours[f"{kind}_crops"], ours[f"{kind}_colours"]  # [4, 2, 3, side, side], [4, 2, P]
+        assert drawn.dtype == torch.float32 and drawn.shape == (4, 2, DRAWN)
+        assert not torch.equal(crops, batch[f"{kind}_crops"])
+        coloured = colour_crops(crops.flatten(0, 1), drawn.flatten(0, 1), CROPS.blur_kernel_size, 128)
+        difference = (coloured.view_as(crops).int() - batch[f"{kind}_crops"].int()).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 0.002
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_smaller_crops_in_the_first_iterations(images: Images, workers: int) -> None:
+    """Then batches are those of a run without them, whole and resumed within each phase."""
+    small = replace(CROPS, global_crops_size=8, local_crops_size=6)
+    phase = FirstPhase(3, small, MaskSettings((4, 4)))
+
+    def batches(position: int = 0, iteration: int = 0, **changes) -> list[Batch]:
+        some = loader(images, num_workers=workers, timeout_seconds=60, **changes)
+        some.dataset.load_state_dict({"position": position, "iteration": iteration})
+        return list(some)
+
+    ours = batches(first_phase=phase)
+    expected = batches(crops=small, masks=phase.masks)[:3] + batches()[3:]
+    assert [batch["global_crops"].shape[-1] for batch in ours] == [8, 8, 8, 16, 16]
+    assert [batch["masks"].shape[-1] for batch in ours] == [16, 16, 16, 64, 64]
+    for iteration in (0, 2, 4):
+        rest = batches(4 * iteration, iteration, first_phase=phase)
+        assert all(same(a, b) for a, b in zip(rest, expected[iteration:], strict=True))
+
+
+@pytest.mark.parametrize("device_augment", [False, True])
+def test_workers_do_not_matter(images: Images, device_augment: bool) -> None:
+    alone = list(loader(images, device_augment=device_augment))
     assert len(alone) == 5
     for workers in (1, 2):
-        again = list(loader(images, num_workers=workers, timeout_seconds=60))
+        again = list(loader(images, num_workers=workers, timeout_seconds=60, device_augment=device_augment))
         assert all(same(a, b) for a, b in zip(alone, again, strict=True))
 
 
@@ -201,6 +239,23 @@ def test_no_masks_and_no_local_crops(images: Images) -> None:
     assert batch["masks"].shape == (4, 2, 64)
 
 
+def test_large_jpegs_at_a_lower_resolution() -> None:
+    """Their crops are those of the whole image, nearly; smaller images and other formats are the same to the bit."""
+    samples = [
+        Sample(image_bytes(0, "JPEG", (600, 500)), -1, "large"),
+        Sample(image_bytes(1, "JPEG", (40, 30)), -1, "small"),
+        Sample(image_bytes(2, "PNG", (600, 500)), -1, "png"),
+    ]
+    settings = {"crops": CROPS, "seed": 0, "global_batch": 3}
+    whole, scaled = (MultiCropDataset(FewImages(samples), **settings, scaled_decode=on) for on in (False, True))
+    for sample in range(3):
+        ours, theirs = scaled[0, 0, sample], whole[0, 0, sample]
+        for kind in ("global_crops", "local_crops"):
+            difference = (ours[kind].int() - theirs[kind].int()).abs().float()
+            assert difference.mean() < 2, "edges of boxes went to the nearest pixels"
+            assert bool(difference.any()) == (sample == 0)
+
+
 class FewImages:
     """Stored images without shards."""
 
@@ -212,8 +267,8 @@ class FewImages:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def decode(self, index: int) -> tuple[Sample, torch.Tensor]:
-        return self.samples[index], decode_rgb(self.samples[index].image)
+    def decode(self, index: int, reduction: Reduction | None = None) -> tuple[Sample, torch.Tensor]:
+        return self.samples[index], decode_rgb(self.samples[index].image, reduction)
 
 
 class Stubborn(FewImages):

@@ -1,17 +1,22 @@
 """The ComposerModel beyond the recorded steps."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from dinocomp.build import build_model, mask_settings
+from dinocomp.build import build_model, crop_settings, mask_settings
+from dinocomp.callbacks.pictures import coloured
 from dinocomp.config import load_config
 from dinocomp.data import Batch, batch_masks, max_masked_patches
+from dinocomp.data.crops import draw_crops
+from dinocomp.data.device import pack
 from dinocomp.method import DINOv2
 from dinocomp.method.ema import ema_update
 from dinocomp.method.parts import MaskedRows
 
-from ..helpers import TINY
+from ..helpers import CURRICULUM, TINY
 
 
 def tiny(batch_size: int = 4, **changes) -> tuple[DINOv2, Batch]:
@@ -30,12 +35,19 @@ def noise(config, batch_size: int, step: int) -> Batch:
         return torch.randint(256, (batch_size, count, 3, side, side), dtype=torch.uint8)
 
     masks = batch_masks(mask_settings(config), 0, step, batch_size, np.arange(batch_size))
-    return Batch(
+    batch = Batch(
         global_crops=pixels(2, config.crops.global_crops_size),
         local_crops=pixels(config.crops.local_crops_number, config.crops.local_crops_size),
         masks=torch.from_numpy(masks),
         index=torch.arange(batch_size),
     )
+    if config.performance.device_augment:
+        settings, rng = crop_settings(config), np.random.default_rng(step)
+        drawn = torch.tensor(
+            [[pack(crop) for crop in draw_crops(32, 32, settings, rng)] for _ in range(batch_size)]
+        )  # [B, 2 + L, P]
+        batch |= {"global_colours": drawn[:, :2], "local_colours": drawn[:, 2:]}
+    return batch
 
 
 def test_masked_rows_and_their_weights() -> None:
@@ -49,12 +61,25 @@ def test_masked_rows_and_their_weights() -> None:
     assert len(MaskedRows.of(masks, 100).index) == 24, "no more rows than patches"
 
 
+def test_colours_are_changed_before_the_networks_see_the_crops() -> None:
+    """Of the global and the local crops alike: the terms are those of a model that is shown the changed ones."""
+    ours, batch = tiny(performance__device_augment="true")
+    terms = ours.loss(ours(batch), batch)
+    plain, _ = tiny()
+    shown = coloured(batch, ours.colours)
+    assert not torch.equal(shown["global_crops"], batch["global_crops"])
+    assert not torch.equal(shown["local_crops"], batch["local_crops"])
+    assert plain.loss(plain(shown), shown).keys() == terms.keys()
+    for name, term in ours.terms.items():
+        assert torch.equal(term, plain.terms[name]), name
+
+
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
 def test_padding_changes_neither_terms_nor_gradients(centering: str) -> None:
     results = []
     for limit in (None, 40):
         model, batch = tiny(train__centering=centering, ibot__separate_head="true")
-        model.max_masked = {} if limit is None else {4: limit}
+        model.max_masked = {} if limit is None else {(4, 16): limit}
         for _ in range(2):  # the second time with a centre
             model.zero_grad()
             total = model.loss(model(batch), batch)["total"]
@@ -71,9 +96,25 @@ def test_the_configured_limit_is_never_exceeded() -> None:
     model, _ = tiny(batch_size=8)
     config = load_config(None, [f"{name}={value}" for name, value in TINY.items()]).config
     most = max_masked_patches(mask_settings(config), 8, 1)
-    assert model.max_masked == {8: most}
+    assert model.max_masked == {(8, 16): most}
     counts = [int(noise(config, 8, step)["masks"].sum()) for step in range(50)]
     assert 0.7 * most < max(counts) <= most
+
+
+def test_smaller_crops_at_first_have_a_limit_of_their_own() -> None:
+    model, _ = tiny(batch_size=8, **CURRICULUM)
+    config = load_config(None, [f"{name}={value}" for name, value in TINY.items()]).config
+    whole, small = mask_settings(config), replace(mask_settings(config), grid=(3, 3))
+    limits = {16: max_masked_patches(whole, 8, 1), 9: max_masked_patches(small, 8, 1)}
+    assert model.max_masked == {(8, patches): limit for patches, limit in limits.items()}
+    for side, settings in ((16, whole), (12, small)):
+        batch = noise(config, 8, 0) | {
+            "global_crops": torch.randint(256, (8, 2, 3, side, side), dtype=torch.uint8),
+            "masks": torch.from_numpy(batch_masks(settings, 0, 0, 8, np.arange(8))),
+        }
+        outputs = model(batch)
+        assert len(outputs.ibot_logits) == len(outputs.masked.index) == limits[settings.patches]
+        assert torch.isfinite(model.loss(outputs, batch)["total"])
 
 
 def test_only_the_student_learns_and_all_of_it() -> None:

@@ -27,8 +27,15 @@ def step(size: int, *, number: int = 8, **changes) -> tuple[dict, dict, object]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"train__centering": "sinkhorn_knopp"}, SEPARATE, {"dino__loss_weight": 0}, {"ibot__loss_weight": 0}],
-    ids=["centering", "sinkhorn", "separate heads", "no DINO", "no iBOT"],
+    [
+        {},
+        {"train__centering": "sinkhorn_knopp"},
+        SEPARATE,
+        {"dino__loss_weight": 0},
+        {"ibot__loss_weight": 0},
+        {"performance__device_augment": "true"},
+    ],
+    ids=["centering", "sinkhorn", "separate heads", "no DINO", "no iBOT", "colours on the device"],
 )
 @pytest.mark.parametrize("size", [4, 2, 1, 3])
 def test_terms_and_gradients_are_those_of_the_whole_batch(changes: dict, size: int) -> None:
