@@ -303,6 +303,8 @@ class DINOv2(ComposerModel):
     def _parameters_of(self, role: str) -> Iterator[nn.Parameter]:
         for net in self.networks(role).values():
             yield from net.parameters()
+
+
 def _crop_major(field: Tensor) -> Tensor:
     """[B, crops, ...] -> [crops * B, ...]."""
     return field.transpose(0, 1).flatten(0, 1)
