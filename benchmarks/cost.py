@@ -112,11 +112,13 @@ def operations(config: Config, images: int, masked: int | None = None) -> Operat
     ffn = sum(math.prod(shape) for shape in matrices[2:])
 
     def blocks(sequences: int, tokens: int, trains: bool) -> float:
+        """All but the FFN of the last one, which sees the tokens alone that losses ask for."""
         total = 0.0
         for k in range(size.depth):
             rate = student.drop_path_rate * (1 if student.drop_path_uniform else k / max(size.depth - 1, 1))
             kept = max(int(sequences * (1 - rate)), 1) if trains and rate and sequences else sequences
-            total += kept * tokens * (2 * (attention + ffn) + 4 * tokens * size.embed_dim)
+            products = attention + (ffn if k < size.depth - 1 else 0)
+            total += kept * tokens * (2 * products + 4 * tokens * size.embed_dim)
         return total
 
     def projection(sequences: int, number: int) -> float:
@@ -133,14 +135,15 @@ def operations(config: Config, images: int, masked: int | None = None) -> Operat
         )
 
     global_projection = projection(2 * images, patches)
-    student_global = blocks(2 * images, prefix + patches, True) + global_projection
+    asked = 2 * images + (masked if with_ibot else 0)  # tokens of the global crops
+    of_global = blocks(2 * images, prefix + patches, True) + global_projection
     local = blocks(locals_, prefix + local_patches, True)
     local_projection = projection(locals_, local_patches)
     teacher_heads = heads(2 * images)
     return Operations(
-        student=student_global + local + local_projection + heads(2 * images + locals_),
-        student_global=student_global,
-        teacher=blocks(2 * images, prefix + patches, False) + global_projection + teacher_heads,
+        student=of_global + local + local_projection + 2 * ffn * (asked + locals_) + heads(2 * images + locals_),
+        student_global=of_global + 2 * ffn * 2 * images,
+        teacher=blocks(2 * images, prefix + patches, False) + global_projection + 2 * ffn * asked + teacher_heads,
         teacher_heads=teacher_heads,
         patches=global_projection + local_projection,
     )

@@ -49,6 +49,7 @@ def _plain(config: Config) -> Config:
     return replace(
         config,
         train=replace(config.train, microbatch_size=0),
-        performance=replace(config.performance, attention="sdpa", compile=False),  # operators that can be seen
+        # Operators that can be seen; colours are no part of a step that is the same wherever they are made.
+        performance=replace(config.performance, attention="sdpa", compile=False, device_augment=False),
         parallelism=replace(config.parallelism, activation_checkpointing="none", activation_cpu_offload=False),
     )

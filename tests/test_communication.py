@@ -16,7 +16,7 @@ from benchmarks.counters import STEPS, is_measured, measure, tally
 from dinocomp.build.model import build_networks
 from dinocomp.config import Config, load_config
 from dinocomp.method import Networks
-from dinocomp.models import Tokens
+from dinocomp.models import Rows
 
 from .helpers import words
 
@@ -97,10 +97,11 @@ def test_operations_are_those_that_torch_counts(changes: list[str], tmp_path: Pa
     teacher = build_networks(config)
     crops, small = torch.randn(2 * images, 3, 16, 16), torch.randn(2 * images, 3, 8, 8)
     mask = torch.zeros(2 * images, 16, dtype=torch.bool)
+    asked = torch.arange(masked)
     mask[:, 0] = True  # so that the mask token has a gradient
 
-    def through(networks: Networks, tokens: list[Tokens]) -> Tensor:
-        cls, patches = torch.cat([t.cls for t in tokens]), tokens[0].patches.flatten(0, 1)[:masked]
+    def through(networks: Networks, rows: list[Rows]) -> Tensor:
+        cls, patches = torch.cat([r.cls for r in rows]), rows[0].patches
         if networks.ibot_head is None:
             return networks.dino_head(torch.cat([cls, patches])).sum()
         return networks.dino_head(cls).sum() + networks.ibot_head(patches).sum()
@@ -110,9 +111,11 @@ def test_operations_are_those_that_torch_counts(changes: list[str], tmp_path: Pa
             result = action()
         return counter.get_total_flops(), result
 
-    forward, loss = count(lambda: through(student, student.backbone([crops, small], [mask, None])))
+    forward, loss = count(
+        lambda: through(student, student.backbone([crops, small], [mask, None], patches=[asked, None]))
+    )
     assert forward == said.student
     assert count(lambda: loss.backward() or loss)[0] == said.backward
     with torch.no_grad():
-        teacher_forward, _ = count(lambda: through(teacher, [teacher.backbone(crops)]))
+        teacher_forward, _ = count(lambda: through(teacher, teacher.backbone([crops], patches=[asked])))
         assert teacher_forward == said.teacher

@@ -75,6 +75,12 @@ class Step:
         return sum(sequences * tokens for sequences, tokens in self.groups)
 
     @property
+    def asked(self) -> tuple[int, int]:
+        """Tokens that losses ask for, of the teacher and of the student; the last FFN and norm see no others."""
+        of_global = 2 * self.images + self.masked
+        return of_global, of_global + sum(sequences for sequences, _ in self.groups[1:])
+
+    @property
     def class_rows(self) -> tuple[int, int]:
         """Class tokens that go through the student's head: of global and of local crops."""
         if not self.config.dino.loss_weight:
@@ -133,20 +139,24 @@ def inner_width(step: Step) -> int:
     return (hidden * 2 // 3 + 7) // 8 * 8 if step.config.student.ffn_layer.startswith("swiglu") else hidden
 
 
-def block_keeps(step: Step, tokens: int, *, mode: str) -> float:
-    """What a block keeps of so many tokens of each branch: all for its backward ("none"), or products ("selective")."""
+def block_keeps(step: Step, tokens: int, *, mode: str, asked: int | None = None) -> float:
+    """What a block keeps of so many tokens of each branch: all for its backward ("none"), or products ("selective").
+
+    `asked`: those that the FFN sees, where they are others (in the last block).
+    """
     size, student = architecture(step.config.student), step.config.student
     width, c = size.embed_dim, step.c
     hidden = inner_width(step)
+    asked = tokens if asked is None else asked
     scaled = 1 if student.layerscale else 0  # LayerScale keeps what it scales
     ffn = {"identity": (0, 0), "mlp": (hidden, hidden)}.get(student.ffn_layer, (2 * hidden, 2 * hidden))
     if mode == "selective":  # query, key and value, attention, its projection; both layers of the FFN
-        outputs = c * (5 * width + ffn[0] + (width if ffn[0] else 0)) + FP32 * size.num_heads
-        return tokens * outputs
-    norms = 2 * (FP32 * width + c * width + 2 * FP32)  # each norm's input, always fp32, its output, mean and deviation
+        attention = c * 5 * width + FP32 * size.num_heads
+        return tokens * attention + asked * c * (ffn[0] + (width if ffn[0] else 0))
+    norm = FP32 * width + c * width + 2 * FP32  # its input, always fp32, its output, mean and deviation
     attention = c * (3 * width + 2 * width + scaled * width) + FP32 * size.num_heads
-    rows = 2 * (8 + FP32) if student.drop_path_rate else 0
-    return tokens * (norms + attention + c * (sum(ffn) + scaled * width) + rows)
+    rows = 8 + FP32 if student.drop_path_rate else 0
+    return tokens * (norm + attention + rows) + asked * (norm + c * (sum(ffn) + scaled * width) + rows)
 
 
 def kept_tokens(step: Step, i: int) -> int:
@@ -155,6 +165,11 @@ def kept_tokens(step: Step, i: int) -> int:
     share = 1 if student.drop_path_uniform else i / max(step.depth - 1, 1)
     kept = 1 - share * student.drop_path_rate
     return sum(max(int(sequences * kept), 1) * tokens for sequences, tokens in step.groups)
+
+
+def of_last(step: Step, i: int) -> int | None:
+    """What the FFN of block i sees, where that are not the tokens of its attention."""
+    return step.asked[1] if i == step.depth - 1 else None
 
 
 def mode_of(step: Step, i: int) -> str:
@@ -167,19 +182,21 @@ def kept_of_block(step: Step, i: int) -> float:
     """What block i keeps from its forward to its backward."""
     offload, mode = step.config.parallelism.activation_cpu_offload, mode_of(step, i)
     if mode == "none":
-        return 0 if offload else block_keeps(step, kept_tokens(step, i), mode="none")
+        return 0 if offload else block_keeps(step, kept_tokens(step, i), mode="none", asked=of_last(step, i))
     block_input = 0 if offload else stream(step)
-    return block_input + (block_keeps(step, kept_tokens(step, i), mode="selective") if mode == "selective" else 0)
+    if mode != "selective":
+        return block_input
+    return block_input + block_keeps(step, kept_tokens(step, i), mode="selective", asked=of_last(step, i))
 
 
 def backward_of_block(step: Step, i: int) -> float:
     """What is made in the backward of block i: activations that were not kept, and gradients."""
-    tokens, mode = kept_tokens(step, i), mode_of(step, i)
+    tokens, mode, asked = kept_tokens(step, i), mode_of(step, i), of_last(step, i)
     again = 0.0
     if mode != "none" or step.config.parallelism.activation_cpu_offload:
-        again = block_keeps(step, tokens, mode="none")
-        again -= block_keeps(step, tokens, mode="selective") if mode == "selective" else 0
-    return again + step.c * inner_width(step) * tokens + stream(step)
+        again = block_keeps(step, tokens, mode="none", asked=asked)
+        again -= block_keeps(step, tokens, mode="selective", asked=asked) if mode == "selective" else 0
+    return again + step.c * inner_width(step) * (tokens if asked is None else asked) + stream(step)
 
 
 def stream(step: Step) -> float:
@@ -189,7 +206,7 @@ def stream(step: Step) -> float:
 
 def final_norm(step: Step) -> float:
     """What the final norm keeps: its input, in fp32, and each token's mean and deviation."""
-    return step.tokens * FP32 * (step.width + 2)
+    return step.asked[1] * FP32 * (step.width + 2)
 
 
 def teacher(step: Step) -> float:
@@ -201,13 +218,12 @@ def teacher(step: Step) -> float:
 
 def teacher_tokens(step: Step) -> float:
     """Before and after the final norm."""
-    sequences, tokens = step.groups[0]
-    return 2 * step.r * sequences * tokens * step.width
+    return 2 * step.r * step.asked[0] * step.width
 
 
 def tokens(step: Step) -> float:
     """The student's tokens after the final norm, until heads have read them."""
-    return FP32 * step.tokens * step.width
+    return FP32 * step.asked[1] * step.width
 
 
 def losses(step: Step) -> tuple[int, int, int, int, int]:

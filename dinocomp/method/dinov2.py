@@ -24,7 +24,7 @@ from dinocomp.method.losses import (
 from dinocomp.method.parts import MaskedRows, Part, TeacherRows, look_ahead
 from dinocomp.method.pixels import Colours, Normalize
 from dinocomp.method.shell import Shell, whole_weights
-from dinocomp.models import DINOHead, Tokens, VisionTransformer
+from dinocomp.models import DINOHead, Rows, VisionTransformer
 
 
 @dataclass
@@ -180,8 +180,8 @@ class DINOv2(ComposerModel):
 
     def ask_teacher(self, crops: Tensor, masked: MaskedRows | None) -> TeacherRows:
         """The teacher's tokens of unmasked global crops [2B, C, G, G] that its heads are asked about."""
-        tokens: Tokens = self.teacher_backbone(crops)
-        return TeacherRows(tokens.cls, _masked_patches(tokens, masked))
+        (rows,) = self.teacher_backbone([crops], patches=[masked and masked.index])
+        return TeacherRows(rows.cls, rows.patches if masked else None)
 
     def teacher_logits(self, rows: TeacherRows) -> dict[str, Tensor]:
         """By loss: [2B, K] for "dino", [R, K'] for "ibot"; of those whose rows are given and that are on."""
@@ -199,21 +199,22 @@ class DINOv2(ComposerModel):
         with torch.no_grad():
             targets = self._targets(part, part.teacher or self.ask_teacher(crops, masked), masked)
 
-        student_crops, student_masks, kept = [crops], [masks], [part.kept]
+        student_crops, student_masks, kept, patches = [crops], [masks], [part.kept], [masked and masked.index]
         num_local = batch["local_crops"].shape[1] if self.weights.dino else 0
         if num_local:
             student_crops.append(self._pixels(batch, "local"))
             student_masks.append(None)
             kept.append(None)
-        tokens: list[Tokens] = self.student_backbone(student_crops, student_masks, kept)
+            patches.append(None)
+        rows: list[Rows] = self.student_backbone(student_crops, student_masks, kept, patches)
 
-        cls_rows = torch.cat([t.cls for t in tokens]) if self.weights.dino else None  # [(2 + L) * B, D]
-        cls_logits, patch_logits = self._project("student", cls_rows, _masked_patches(tokens[0], masked))
+        cls_rows = torch.cat([r.cls for r in rows]) if self.weights.dino else None  # [(2 + L) * B, D]
+        cls_logits, patch_logits = self._project("student", cls_rows, rows[0].patches if masked else None)
         # Not by two slices, each of whose gradients would be a tensor of all rows.
-        by_kind = () if cls_logits is None else cls_logits.split([len(t.cls) for t in tokens])
+        by_kind = () if cls_logits is None else cls_logits.split([len(r.cls) for r in rows])
         by_crop = [logits.unflatten(0, (-1, len(batch["index"]))) for logits in by_kind]  # [2, B, K], [L, B, K]
         return Outputs(
-            cls=tokens[0].cls.unflatten(0, (2, -1)),
+            cls=rows[0].cls.unflatten(0, (2, -1)),
             dino_targets=targets.get("dino"),
             global_logits=by_crop[0] if by_crop else None,
             local_logits=by_crop[1] if num_local else None,
@@ -307,8 +308,3 @@ class DINOv2(ComposerModel):
 def _crop_major(field: Tensor) -> Tensor:
     """[B, crops, ...] -> [crops * B, ...]."""
     return field.transpose(0, 1).flatten(0, 1)
-
-
-def _masked_patches(tokens: Tokens, masked: MaskedRows | None) -> Tensor | None:
-    """The patch tokens [R, D] that iBOT looks at; None where it is off."""
-    return None if masked is None else tokens.patches.flatten(0, 1)[masked.index]

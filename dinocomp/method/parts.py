@@ -121,7 +121,7 @@ def _see(
         part.teacher = model.ask_teacher(crops, masked)
     if student:
         part.kept = model.networks("student")["backbone"].draw_kept(len(crops), crops.device)
-        cls = model.student_backbone([crops], [masks], [part.kept])[0].cls.chunk(2)
+        cls = model.student_backbone([crops], [masks], [part.kept], [None])[0].cls.chunk(2)
     return masked, cls
 
 

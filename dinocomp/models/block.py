@@ -1,6 +1,6 @@
 """The pre-norm transformer block, with LayerScale and drop path as a subset of the batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,21 @@ class AddRows(torch.autograd.Function):
         return grad, None, grad.index_select(0, rows)
 
 
+class TakeRows(torch.autograd.Function):
+    """x[rows] of rows that differ, so that gradients are stored, where torch would sort rows to add them up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy(0, rows, grad), None
+
+
 class Block(nn.Module):
     """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))), over packed sequences.
 
@@ -113,29 +128,52 @@ class Block(nn.Module):
             return None
         return max(int(sequences * (1 - self.drop_path)), 1)
 
-    def forward(self, x: Tensor, groups: Groups, kept: Sequence[Tensor | None] | None = None) -> Tensor:
-        """[tokens, dim] -> [tokens, dim].
-
-        `kept`: for each group int64 [2, s], the sequences that attention and FFN compute, or None for all of them.
-        """
-        lighter = self.recompute != "none" or self.offload
-        if lighter and self.training and torch.is_grad_enabled():
-            return run(self._compute, x, groups, kept, mode=self.recompute, offload=self.offload)
-        return self._compute(x, groups, kept)
-
-    def _compute(self, x: Tensor, groups: Groups, kept: Sequence[Tensor | None] | None) -> Tensor:
-        x = self._residual(x, groups, kept, 0, lambda y, packing: self.ls1(self.attn(self.norm1(y), packing)))
-        return self._residual(x, groups, kept, 1, lambda y, packing: self.ls2(self.mlp(self.norm2(y))))
-
-    def _residual(
+    def forward(
         self,
         x: Tensor,
         groups: Groups,
-        kept: Sequence[Tensor | None] | None,
-        branch: int,
-        compute: Callable[[Tensor, Groups], Tensor],
+        kept: Sequence[Tensor | None] | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        if kept is None or all(chosen is None for chosen in kept):
-            return x + compute(x, groups)
-        rows, scale, packing = kept_rows(groups, [None if pair is None else pair[branch] for pair in kept], x.device)
-        return AddRows.apply(x, rows, (compute(x[rows], packing) * scale).to(x.dtype))
+        """[tokens, dim] -> [tokens, dim], or [rows, dim] of those that are wanted.
+
+        Args:
+            kept: for each group int64 [2, s], the sequences that attention and FFN compute, or None for all of them.
+            wanted: int64 [rows], positions of the tokens whose output is asked for, each once; their attention looks at
+                all tokens, the FFN is computed for them alone. None for all.
+        """
+        lighter = self.recompute != "none" or self.offload
+        if lighter and self.training and torch.is_grad_enabled():
+            return run(self._compute, x, groups, kept, wanted, mode=self.recompute, offload=self.offload)
+        return self._compute(x, groups, kept, wanted)
+
+    def _compute(
+        self, x: Tensor, groups: Groups, kept: Sequence[Tensor | None] | None, wanted: Tensor | None
+    ) -> Tensor:
+        def attention(y: Tensor, packing: Groups) -> Tensor:
+            return self.ls1(self.attn(self.norm1(y), packing))
+
+        def ffn(y: Tensor) -> Tensor:
+            return self.ls2(self.mlp(self.norm2(y)))
+
+        drops = kept is not None and any(chosen is not None for chosen in kept)
+        if drops:
+            of_attention, of_ffn = (
+                kept_rows(groups, [None if pair is None else pair[branch] for pair in kept], x.device)
+                for branch in range(2)
+            )
+            rows, scale, packing = of_attention
+            x = AddRows.apply(x, rows, (attention(TakeRows.apply(x, rows), packing) * scale).to(x.dtype))
+        else:
+            x = x + attention(x, groups)
+        if wanted is not None:
+            factor = 1
+            if drops:
+                rows, scale, _ = of_ffn
+                factor = scale.new_zeros(len(x), 1).index_copy(0, rows, scale)[wanted]  # 0 where FFN is dropped
+            x = TakeRows.apply(x, wanted)  # [rows, dim]
+            return x + (ffn(x) * factor).to(x.dtype)
+        if drops:
+            rows, scale, _ = of_ffn
+            return AddRows.apply(x, rows, (ffn(TakeRows.apply(x, rows)) * scale).to(x.dtype))
+        return x + ffn(x)

@@ -23,6 +23,13 @@ class Tokens(NamedTuple):
     prenorm: Tensor  # [B, 1 + R + N, D], before the final norm: class token, registers, patches
 
 
+class Rows(NamedTuple):
+    """What the network says of some tokens of B images, all that losses ask for."""
+
+    cls: Tensor  # [B, D], after the final norm
+    patches: Tensor  # [R, D], those asked for, after the final norm
+
+
 class VisionTransformer(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021; Oquab et al. 2024; registers: Darcet et al. 2024).
 
@@ -174,15 +181,36 @@ class VisionTransformer(nn.Module):
                 )
         return list(zip(*by_group, strict=True))
 
+    def _wanted(self, groups: Groups, patches: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
+        """Positions of what `Rows` holds in the packed tokens, int64: class tokens and patches of each group."""
+        found, offset = [], 0
+        for (sequences, tokens), asked in zip(groups, patches, strict=True):
+            asked = torch.empty(0, dtype=torch.int64, device=device) if asked is None else asked  # [R]
+            number = tokens - self.num_prefix_tokens  # patches of an image
+            found.append(offset + torch.arange(sequences, device=device) * tokens)
+            found.append(offset + asked // number * tokens + self.num_prefix_tokens + asked % number)
+            offset += sequences * tokens
+        return found
+
     def forward_packed(
-        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], kept: Sequence[Kept | None] | None = None
-    ) -> list[Tokens]:
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        kept: Sequence[Kept | None] | None = None,
+        patches: Sequence[Tensor | None] | None = None,
+    ) -> list[Tokens] | list[Rows]:
         """All crops in one pass over the blocks; attention stays inside each image.
 
         Args:
             crops: tensors [B_i, C, H_i, W_i], one for each size.
             masks: for each of them, [B_i, N_i] bool (True = replaced by the mask token) or None.
             kept: for each of them, what `draw_kept(B_i, device)` gave, or None to draw here; None to draw all here.
+            patches: for each of them, which patches are asked for besides the class tokens: int64 [R_i], positions in
+                [B_i * N_i], each once, or None for none. The last block's FFN, a good part of the network's work, is
+                then computed for them alone. None for all tokens.
+
+        Returns:
+            `Tokens` of each crop tensor, or `Rows` where `patches` are given.
         """
         embedded = [self._embed(images, mask) for images, mask in zip(crops, masks, strict=True)]  # [B_i, T_i, D]
         groups = [tuple(x.shape[:2]) for x in embedded]
@@ -190,8 +218,13 @@ class VisionTransformer(nn.Module):
         del embedded  # or it would live as long as the pass
         # Drawn before the blocks run, so that a block can be compiled, or computed again for its gradients.
         by_block = self._kept_by_block([None] * len(groups) if kept is None else kept, groups, x.device)
+        wanted = None if patches is None else self._wanted(groups, patches, x.device)
         for block, of_groups in zip(self.blocks, by_block, strict=True):
-            x = block(x, groups, of_groups)
+            last = wanted is not None and block is self.blocks[-1]
+            x = block(x, groups, of_groups, torch.cat(wanted) if last else None)
+        if wanted is not None:
+            rows = self.norm(x).split([len(some) for some in wanted])
+            return [Rows(cls, of_patches) for cls, of_patches in zip(rows[::2], rows[1::2], strict=True)]
         parts = x.split([sequences * tokens for sequences, tokens in groups])
         return [self._split(part.unflatten(0, group)) for part, group in zip(parts, groups, strict=True)]
 
@@ -200,14 +233,16 @@ class VisionTransformer(nn.Module):
         images: Tensor | Sequence[Tensor],
         masks: Tensor | Sequence[Tensor | None] | None = None,
         kept: Kept | Sequence[Kept | None] | None = None,
-    ) -> Tokens | list[Tokens]:
+        patches: Sequence[Tensor | None] | None = None,
+    ) -> Tokens | list[Tokens] | list[Rows]:
         """A tensor [B, C, H, W] with masks [B, N] or None gives `Tokens`; lists of them give a list, packed.
 
-        `kept` as in `forward_packed`: of one tensor what `draw_kept` gave, of lists a list of those.
+        `kept` and `patches` as in `forward_packed`: `kept` of one tensor is what `draw_kept` gave, of lists a list of
+        those; `patches` go with lists.
         """
         if isinstance(images, Tensor):
             return self.forward_packed([images], [masks], [kept])[0]
-        return self.forward_packed(images, [None] * len(images) if masks is None else masks, kept)
+        return self.forward_packed(images, [None] * len(images) if masks is None else masks, kept, patches)
 
     def get_intermediate_layers(
         self, images: Tensor, n: int | Sequence[int] = 1, *, reshape: bool = False, norm: bool = True

@@ -237,6 +237,32 @@ def test_a_group_may_keep_all_where_another_drops() -> None:
     torch.testing.assert_close(mixed[1].prenorm, model(crops[1], kept=kept).prenorm)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_rows_that_are_asked_for_are_those_of_all_tokens(rate: float, recompute: str) -> None:
+    """And so are their gradients."""
+    model = tiny(depth=2, drop_path_rate=rate, num_register_tokens=2, recompute=recompute).double().train()
+    crops = [images.double() for images in two_sizes()]
+    kept = [model.draw_kept(len(images), torch.device("cpu")) for images in crops]
+    asked = torch.tensor([3, 0, 17, 11, 19])  # of 5 images of 4 patches
+    tokens = model(crops, kept=kept)
+    rows = model(crops, kept=kept, patches=[asked, None])
+    torch.testing.assert_close([r.cls for r in rows], [t.cls for t in tokens])
+    torch.testing.assert_close(rows[0].patches, tokens[0].patches.flatten(0, 1)[asked])
+    assert rows[1].patches.shape == (0, model.embed_dim)
+
+    def gradients(first: torch.Tensor, second: torch.Tensor, patches: torch.Tensor) -> tuple:
+        loss = first.square().sum() + second.sum() + patches.pow(3).sum()
+        return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    by_rows = gradients(rows[0].cls, rows[1].cls, rows[0].patches)
+    by_tokens = gradients(tokens[0].cls, tokens[1].cls, tokens[0].patches.flatten(0, 1)[asked])
+    for ours, theirs in zip(by_rows, by_tokens, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_nothing_is_drawn_in_evaluation() -> None:
     model, crops = tiny(drop_path_rate=0.4, drop_path_uniform=True).eval(), two_sizes()
     before = torch.get_rng_state()

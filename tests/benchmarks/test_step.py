@@ -19,7 +19,7 @@ from dinocomp.config import derive, load_config
 from dinocomp.data import max_masked_patches
 from dinocomp.errors import ConfigError, TrainingError
 
-from .helpers import words, yaml_of_nothing
+from ..helpers import words, yaml_of_nothing
 
 CHANGES = {
     "plain": {},
