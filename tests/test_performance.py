@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from composer import Trainer
+from composer import Logger, State, Trainer
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +17,7 @@ from dinocomp.build import build_model
 from dinocomp.build.compile import check_compiler, compile_networks
 from dinocomp.build.optim import choose_kernel
 from dinocomp.build.trainer import AsyncTrainer
-from dinocomp.callbacks import CollectGarbage
+from dinocomp.callbacks import CollectGarbage, UpdateTeacher
 from dinocomp.config import Config, load_config
 from dinocomp.errors import ConfigError
 from dinocomp.train import main
@@ -153,20 +153,35 @@ def test_garbage_is_looked_for_when_told() -> None:
     def note(phase: str, info: dict) -> None:
         gauge.append(phase)
 
-    class State:
+    class Now:
         timestamp = type("Timestamp", (), {"batch": 0})
 
     gc.callbacks.append(note)
     try:
-        callback.fit_start(State, None)
+        callback.fit_start(Now, None)
         assert not gc.isenabled()
-        for State.timestamp.batch in range(1, 6):
-            callback.batch_end(State, None)
+        for Now.timestamp.batch in range(1, 6):
+            callback.batch_end(Now, None)
         assert gauge == ["start", "stop"] * 2
     finally:
         gc.callbacks.remove(note)
-        callback.close(State, None)
+        callback.close(Now, None)
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_no_tensor_waits_to_be_collected(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's tensors are in no circle: without any search for garbage, memory stays what it is."""
+    update, living = UpdateTeacher.batch_end, []
+
+    def batch_end(self: UpdateTeacher, state: State, logger: Logger) -> None:
+        update(self, state, logger)
+        living.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+
+    monkeypatch.setattr(UpdateTeacher, "batch_end", batch_end)
+    switches = {"performance__collect_garbage_every": 1000, "train__microbatch_size": 4}
+    train(tmp_path, "run", **switches, parallelism__activation_checkpointing=mode)
+    assert len(living) == 12 and living[-1] <= living[2]
 
 
 @pytest.mark.parametrize(
