@@ -181,7 +181,7 @@ def test_no_tensor_waits_to_be_collected(mode: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(UpdateTeacher, "batch_end", batch_end)
     switches = {"performance__collect_garbage_every": 1000, "train__microbatch_size": 4}
     train(tmp_path, "run", **switches, parallelism__activation_checkpointing=mode)
-    assert len(living) == 12 and living[-1] <= living[2]
+    assert len(living) == 12 and living[-1] < living[2] + 5, living  # less than one a step
 
 
 @pytest.mark.parametrize(
