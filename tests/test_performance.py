@@ -18,6 +18,7 @@ from dinocomp.build.compile import check_compiler, compile_networks
 from dinocomp.build.optim import choose_kernel
 from dinocomp.build.trainer import AsyncTrainer
 from dinocomp.callbacks import CollectGarbage, UpdateTeacher
+from dinocomp.callbacks.bad_steps import _Copy
 from dinocomp.config import Config, load_config
 from dinocomp.errors import ConfigError
 from dinocomp.train import main
@@ -95,11 +96,20 @@ class Reads(TorchDispatchMode):
     [
         ({}, {"_accumulate_time_across_ranks", "_iter_dataloader", "_train_microbatches", "after_train_batch"}),
         (ASYNC, {"after_train_batch"}),
-        (ASYNC | FUSED, set()),
+        (ASYNC | FUSED, {"batch_end"}),
     ],
     ids=["plain", "async", "async-fused"],
 )
-def test_what_is_read_of_the_device_in_every_step(switches: dict, readers: set[str], tmp_path: Path) -> None:
+def test_what_is_read_of_the_device_in_every_step(
+    switches: dict, readers: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = _Copy.numbers
+
+    def numbers(copy: _Copy) -> list[float]:
+        reads.seen["batch_end"] += 1  # which dispatches no operator
+        return arrived(copy)
+
+    monkeypatch.setattr(_Copy, "numbers", numbers)
     with Reads() as reads:
         train(tmp_path, "run", loggers__period_iterations=100, checkpoint__save_frequency=100, **switches)
     every_step = {name for name, number in reads.seen.items() if number >= 12}
@@ -196,6 +206,18 @@ def test_no_tensor_waits_to_be_collected(mode: str, tmp_path: Path, monkeypatch:
             "train.microbatch_size=0",
         ),
         (["performance.attention=varlen"], "performance.attention=sdpa"),
+        (["performance.attention=varlen", "student.num_heads=2", "train.device=gpu"], "performance.attention=sdpa"),
+        (["performance.compile=true", "train.microbatch_size=auto", "train.device=gpu"], "type that number"),
+        (["performance.async_step=true", "train.microbatch_size=auto", "train.device=gpu"], "type that number"),
+        (
+            [
+                *["performance.compile=true", "performance.cuda_graphs=true", "train.device=gpu"],
+                "parallelism.strategy=fsdp",
+            ],
+            "parallelism.strategy=ddp",
+        ),
+        (["curriculum.global_crops_size=8"], "curriculum.fraction=0.75"),
+        (["curriculum.fraction=0.99"], "curriculum.fraction=0.75"),
         (
             ["performance.attention=varlen", "performance.precision=fp32", "train.device=gpu"],
             "performance.precision=bf16",
@@ -211,8 +233,14 @@ def test_switches_that_do_not_go_together(keys: list[str], fix: str) -> None:
 def test_nothing_to_compile_with_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     check_compiler(config(), gpu=False)
-    with pytest.raises(ConfigError, match=r"a C\+\+ compiler.*performance\.compile=false"):
+    with pytest.raises(ConfigError, match=r"a compiler, such as gcc.*performance\.compile=false"):
         check_compiler(config(**COMPILED), gpu=False)
+
+
+def test_graphs_of_weights_that_move_are_refused_where_sharding_is_chosen() -> None:
+    graphs = config(**COMPILED, performance__cuda_graphs="true", train__device="gpu")
+    with pytest.raises(ConfigError, match=r"strategy=fsdp2.*Type performance\.cuda_graphs=false"):
+        check_compiler(graphs, gpu=True, strategy="fsdp2")
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

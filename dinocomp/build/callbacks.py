@@ -96,7 +96,7 @@ def build_callbacks(
     lr = "optim.lr" if config.optim.lr > 0 else "optim.base_lr"
     performance = config.performance
     deferred = performance.async_step and performance.fused_optimizer
-    # A scaler tells the optimizer itself; and of sharded weights a fused one takes no plain tensor.
+    # fp16's scaler tells the optimizer something of its own; and of sharded weights it has not been tried.
     deferred = deferred and start.precision != "fp16" and start.strategy not in derive.SHARDED
     bad_steps = SkipBadSteps(model, clip, config.optim.max_bad_steps, lr, deferred=deferred)
     retention = partial(expired, max_to_keep=config.checkpoint.max_to_keep, milestone=derive.milestone_interval(config))
@@ -108,7 +108,7 @@ def build_callbacks(
         schedules=ApplySchedules(model, schedules, multipliers),
         picture=FirstBatchPicture(output / "pictures" / "first_batch.png", build_colours(config)),
         bad_images=bad_images,
-        micro_batches=MicroBatches(model),
+        micro_batches=MicroBatches(model, graphs=config.performance.cuda_graphs),
         clip=clip,
         bad_steps=bad_steps,
         teacher=UpdateTeacher(model, bad_steps),

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,19 +17,29 @@ from dinocomp.models.block import Block
 from dinocomp.models.embeddings import PatchEmbed
 
 
-def check_compiler(config: Config, gpu: bool) -> None:
-    """Refuses to compile where there is nothing to compile with.
+def check_compiler(config: Config, gpu: bool, strategy: str = "single") -> None:
+    """Refuses to compile where there is nothing to compile with, and CUDA graphs of weights that move.
 
     Raises:
         ConfigError: naming what is missing.
     """
     if not config.performance.compile:
         return
+    if config.performance.cuda_graphs and strategy in derive.SHARDED:
+        raise ConfigError(
+            f"performance.cuda_graphs=true: networks will be sharded (parallelism.strategy={strategy}), and graphs "
+            "need weights that stay where they are. Type performance.cuda_graphs=false, or parallelism.strategy=ddp."
+        )
     missing = None
-    if gpu and importlib.util.find_spec("triton") is None:
-        missing = "the package triton, which comes with torch's CUDA builds for Linux"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++")):
-        missing = "a C++ compiler, such as g++"
+    compilers = (os.environ.get("CXX", ""), "g++", "clang++", "c++")  # what torch looks for on a CPU
+    if gpu:
+        compilers = (os.environ.get("CC", ""), "gcc", "clang")  # and Triton
+        if importlib.util.find_spec("triton") is None:
+            missing = "the package triton, which comes with torch's CUDA builds for Linux"
+        elif not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+            missing = "Python's headers (the system's package python3-dev)"
+    if not any(shutil.which(name) for name in compilers):
+        missing = "a compiler, such as gcc and g++"
     if missing:
         raise ConfigError(
             f"performance.compile=true needs {missing}. Install it, or type performance.compile=false "

@@ -75,7 +75,7 @@ def check_start(config: Config) -> Start:
     gpu, output = on_gpu(config), Path(config.train.output_dir).expanduser()
     precision, strategy = derive.precision(config, gpu), choose_strategy(config, gpu)
     check_attention(config, gpu)
-    check_compiler(config, gpu)
+    check_compiler(config, gpu, strategy)
     check_loggers(config)
     _check_output(output, config.train.dataset_path)
     count = check_images(

@@ -18,6 +18,7 @@ _REPLACED = (
     "_train_microbatches",
     "_accumulate_time_across_ranks",
 )
+_CALLED = ("_train_microbatch", "_use_grad_scaling")
 
 
 class AsyncTrainer(Trainer):
@@ -28,14 +29,14 @@ class AsyncTrainer(Trainer):
     has launched more. Here every rank has as many images as every other and never runs out of them, so all but the loss
     is known; the loss is among dinocomp's own metrics, which are read every few steps.
 
-    What is replaced are private methods: the constructor refuses a Composer that has others.
+    What is replaced and called are private methods: the constructor refuses a Composer that has others.
 
     Raises:
         ConfigError: this version of Composer works otherwise.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        missing = [name for name in _REPLACED if not hasattr(Trainer, name)]
+        missing = [name for name in (*_REPLACED, *_CALLED) if not hasattr(Trainer, name)]
         if missing:
             raise ConfigError(
                 f"performance.async_step=true does not know this version of Composer, which has no {missing[0]}. "
@@ -58,7 +59,7 @@ class AsyncTrainer(Trainer):
 
     def _train_batch(self, use_grad_scaling: bool) -> None:
         super()._train_batch(use_grad_scaling)
-        # None: the loop logs no loss.
+        return None  # what Composer's loop takes to mean that there is no loss to read and log
 
     def _train_microbatches(self, microbatches: Sequence[Batch], total_loss_dict: Any, ddp_sync: bool = True) -> None:
         self.engine.run_event(Event.BEFORE_TRAIN_BATCH)

@@ -4,22 +4,31 @@ import torch
 from composer import Callback, Logger, State
 from composer.core import get_precision_context
 
-from dinocomp.data import split_batch
+from dinocomp.data import Batch, split_batch
 from dinocomp.method import DINOv2
 
 
 class MicroBatches(Callback):
     """Shows the whole batch to the model before its micro-batches are trained on, one after the other.
 
-    Composer fires the first event again where it starts a batch anew because its micro-batches did not fit in memory.
+    Composer fires `before_train_batch` again where it begins a batch anew because its micro-batches did not fit.
+
+    Args:
+        graphs: whether what is compiled runs as CUDA graphs.
     """
 
-    def __init__(self, model: DINOv2) -> None:
+    def __init__(self, model: DINOv2, *, graphs: bool = False) -> None:
         self.model = model
+        self.graphs = graphs
+        self._batch: Batch | None = None
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._batch = state.batch  # where a batch is begun anew, the state holds the micro-batch that did not fit
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        torch.compiler.cudagraph_mark_step_begin()  # CUDA graphs may write over what they gave in the last step
-        parts = split_batch(state.batch, state.device_train_microbatch_size)
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # they may write over what they gave in the last step
+        parts = split_batch(self._batch, state.device_train_microbatch_size)
         with get_precision_context(state.precision, state.precision_config):
             self.model.begin_step(parts, state.device.batch_to_device)
 

@@ -56,6 +56,11 @@ def _batch(config: Config, world_size: int) -> Iterator[Advice]:
             "raise train.batch_size_per_gpu or the number of GPUs to 64 images or more; "
             "otherwise watch the k-NN accuracy and lower optim.base_lr",
         )
+    if config.performance.device_augment and config.train.device == "cpu":
+        yield Advice(
+            "performance.device_augment changes colours on the cores that train, more slowly than data workers do",
+            "type performance.device_augment=false on a CPU",
+        )
     if config.train.batch_size_per_gpu == 1 and config.dino.koleo_loss_weight > 0:
         yield Advice(
             "one image on each process: KoLeo has no second image to keep it away from",

@@ -16,6 +16,7 @@ _EFFECTS = {
     "train.num_workers": _SAFE,
     "parallelism.": "safe, the numbers differ by rounding",
     "train.microbatch_size": "safe, the numbers differ by rounding, and other images are dropped together (drop path)",
+    "performance.device_augment": "colours differ by a level of 255 here and there from here on",
     "performance.scaled_decode": "large images' crops differ a little from here on",
     "performance.": "safe, the numbers differ by rounding",
     "compute_precision.": "safe, the numbers differ by rounding",

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dinocomp.config.derive import architecture, cache_limit, first_phase, global_patches
+from dinocomp.config.derive import SHARDED, architecture, cache_limit, first_phase, global_patches, total_iterations
 from dinocomp.config.schema import Config
 from dinocomp.errors import ConfigError
 
@@ -41,10 +41,10 @@ def _network(config: Config) -> Iterator[Problem]:
                 f"the width {size.embed_dim} does not divide into {size.num_heads} attention heads; "
                 f"change student.num_heads or student.embed_dim (64 a head is usual)",
             )
-        elif config.performance.attention == "xformers" and size.embed_dim // size.num_heads % 8:
+        elif config.performance.attention in ("xformers", "varlen") and (head := size.embed_dim // size.num_heads) % 8:
             yield Problem(
                 ("performance.attention", "student.embed_dim", "student.num_heads"),
-                f"xformers needs heads whose width is a multiple of 8, not {size.embed_dim // size.num_heads}; "
+                f"{config.performance.attention} needs heads whose width is a multiple of 8, not {head}; "
                 "type performance.attention=sdpa",
             )
     patch = config.student.patch_size
@@ -123,7 +123,15 @@ def _curriculum(config: Config) -> Iterator[Problem]:
     """What would be wrong with a run of the smaller crops alone, and crops that are not smaller."""
     phase = first_phase(config)
     if phase is None:
+        sizes = ("global_crops_size", "local_crops_size")
+        for name in (name for name in sizes if getattr(config.curriculum, name)):
+            yield Problem(
+                (f"curriculum.{name}", "curriculum.fraction"),
+                "nothing is shown at that size; type curriculum.fraction=0.75 as well",
+            )
         return
+    if phase[0] == total_iterations(config):
+        yield Problem(("curriculum.fraction",), "whole crops would never be shown; type curriculum.fraction=0.75")
     blurred = {"global_crops_size": max(config.crops.blur_probability[:2]) > 0}
     if config.crops.local_crops_number:
         blurred["local_crops_size"] = config.crops.blur_probability[2] > 0
@@ -182,6 +190,19 @@ def _compiled(config: Config) -> Iterator[Problem]:
             ("performance.compile", "parallelism.activation_cpu_offload"),
             "what is compiled keeps its activations on the GPU; type performance.compile=false, or "
             "parallelism.activation_checkpointing=full instead of the offload",
+        )
+    for switch in ("compile", "async_step"):
+        if getattr(performance, switch) and config.train.microbatch_size == "auto":
+            why = {"compile": "compiles anew for each size", "async_step": "waits for the GPU again and again"}[switch]
+            yield Problem(
+                (f"performance.{switch}", "train.microbatch_size"),
+                f"the search {why}; let a short run without performance.{switch} find what fits, and type that number",
+            )
+    if performance.cuda_graphs and parallelism.strategy in SHARDED:
+        yield Problem(
+            ("performance.cuda_graphs", "parallelism.strategy"),
+            "graphs need weights that stay where they are; type performance.cuda_graphs=false, or "
+            "parallelism.strategy=ddp",
         )
     if performance.cuda_graphs and config.train.microbatch_size not in (0, config.train.batch_size_per_gpu):
         yield Problem(

@@ -22,7 +22,8 @@ def target_sums(targets: Tensor, valid: Tensor | None = None) -> Tensor:
     """
     weight = targets.new_ones(len(targets)) if valid is None else valid.to(targets.dtype)  # [rows]
     entropy = torch.special.entr(targets).sum(dim=1)  # [rows]
-    return torch.cat([weight @ targets, (weight @ entropy)[None], weight.sum()[None]]).double()
+    with torch.autocast(targets.device.type, enabled=False):  # it would multiply in half precision
+        return torch.cat([weight @ targets, (weight @ entropy)[None], weight.sum()[None]]).double()
 
 
 def target_gauges(sums: Tensor) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def varlen_available() -> bool:
     return True
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)  # a drop path rate that rises with depth has other packings in each block
 def _block_diagonal(groups: tuple[tuple[int, int], ...], device: torch.device):
     # Built once for each pair of crop sizes and batch size: it copies sequence offsets to the device.
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask

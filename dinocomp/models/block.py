@@ -78,7 +78,7 @@ class TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.shape).index_copy(0, rows, grad), None
+        return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None
 
 
 class Block(nn.Module):

@@ -31,8 +31,9 @@ def _saved_operators() -> frozenset[Any]:
 
 
 def _saves(operator: Any) -> bool:
-    # xFormers' kernels, its FlashAttention among them, are operators of xformers, xformers_flash, xformers_flash3, ...
-    return operator in _saved_operators() or getattr(operator, "namespace", "").startswith("xformers")
+    # xFormers' kernels, its FlashAttention among them, are operators of xformers, xformers_flash, xformers_flash3, ...,
+    # torch's varlen attention is one of torch_attn.
+    return operator in _saved_operators() or getattr(operator, "namespace", "").startswith(("xformers", "torch_attn"))
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

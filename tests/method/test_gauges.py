@@ -64,3 +64,11 @@ def test_signs(change: dict, said: list[str]) -> None:
 
 def test_a_loss_that_is_off_has_no_signs() -> None:
     assert signs_of_collapse({"feature_std": 0.5}, {}) == []
+
+
+def test_uniform_targets_are_seen_under_autocast() -> None:
+    """Half precision would round the entropy below what counts as a sign of collapse."""
+    targets = torch.full((128, 65536), 1 / 65536)
+    with torch.autocast("cpu", torch.bfloat16):
+        gauges = target_gauges(target_sums(targets))
+    assert float(gauges["entropy"]) == pytest.approx(math.log(65536), rel=1e-5)
