@@ -139,7 +139,10 @@ def test_a_killed_run_leaves_no_workers(command: Callable, tmp_path: Path) -> No
     assert not psutil.wait_procs(below, timeout=20)[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGINT, signal.SIGUSR1))],
+)
 def test_told_to_stop(command: Callable, uninterrupted: Path, tmp_path: Path, number: signal.Signals) -> None:
     """The step is finished and saved, between two of the regular checkpoints; the exit code says so."""
     output = tmp_path / "run"

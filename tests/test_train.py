@@ -52,8 +52,8 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"performance__device_augment": "true"}, CURRICULUM],
-    ids=["workers", "device", "curriculum"],
+    [{}, pytest.param({"performance__device_augment": "true", **CURRICULUM}, marks=pytest.mark.slow)],
+    ids=["plain", "device-curriculum"],
 )
 def test_two_processes_are_one(tmp_path: Path, free_port: int, changes: dict) -> None:
     """Two ranks of 4 images train as one of 8: the same crops and masks, and the same terms but for rounding."""

@@ -35,6 +35,7 @@ def there(bucket: Bucket) -> set[str]:
     return {name.split("/")[-2] for name in bucket.names() if name.endswith("/manifest.json")}
 
 
+@pytest.mark.slow
 def test_a_machine_that_has_nothing_but_the_remote(command: Callable, bucket: Bucket, tmp_path: Path) -> None:
     """Stopped on one machine, gone on with on another: bit for bit what one machine would have done."""
     assert processes.finish(processes.start(command(tmp_path / "whole", checkpoint__remote="''"))) == 0

@@ -148,7 +148,7 @@ def many(store: Store) -> str:
     return "s3://bucket/data"
 
 
-@pytest.mark.parametrize("nodes", [2, 4])
+@pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_each_shard_is_fetched_by_one_machine(store: Store, many: str, tmp_path: Path, nodes: int) -> None:
     """Machines, each a process with a worker, two ranks' loaders and a cache of its own, over one store; two passes."""
 
