@@ -116,8 +116,9 @@ class SkipBadSteps(Callback):
             return
         self.count += 1
         self.in_a_row += 1
-        seen = ", ".join(f"{name} {value:.4g}" for name, value in zip(self._values(), values, strict=False))
-        seen = seen or "of another process"
+        seen = "of another process"
+        if values:
+            seen = ", ".join(f"{name} {value:.4g}" for name, value in zip(self._values(), values, strict=True))
         log.warning(
             "iteration %d: loss or gradient is not finite (%s): step skipped (%d so far, %d in a row)",
             iteration,

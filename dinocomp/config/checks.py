@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dinocomp.config.derive import SHARDED, architecture, cache_limit, first_phase, global_patches, total_iterations
+from dinocomp.config.derive import architecture, cache_limit, first_phase, global_patches, total_iterations
 from dinocomp.config.schema import Config
 from dinocomp.errors import ConfigError
 
@@ -198,12 +198,6 @@ def _compiled(config: Config) -> Iterator[Problem]:
                 (f"performance.{switch}", "train.microbatch_size"),
                 f"the search {why}; let a short run without performance.{switch} find what fits, and type that number",
             )
-    if performance.cuda_graphs and parallelism.strategy in SHARDED:
-        yield Problem(
-            ("performance.cuda_graphs", "parallelism.strategy"),
-            "graphs need weights that stay where they are; type performance.cuda_graphs=false, or "
-            "parallelism.strategy=ddp",
-        )
     if performance.cuda_graphs and config.train.microbatch_size not in (0, config.train.batch_size_per_gpu):
         yield Problem(
             ("performance.cuda_graphs", "train.microbatch_size"),

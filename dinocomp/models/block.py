@@ -1,6 +1,6 @@
 """The pre-norm transformer block, with LayerScale and drop path as a subset of the batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -150,30 +150,32 @@ class Block(nn.Module):
     def _compute(
         self, x: Tensor, groups: Groups, kept: Sequence[Tensor | None] | None, wanted: Tensor | None
     ) -> Tensor:
-        def attention(y: Tensor, packing: Groups) -> Tensor:
+        def attention(y: Tensor) -> Tensor:
             return self.ls1(self.attn(self.norm1(y), packing))
 
         def ffn(y: Tensor) -> Tensor:
             return self.ls2(self.mlp(self.norm2(y)))
 
-        drops = kept is not None and any(chosen is not None for chosen in kept)
-        if drops:
-            of_attention, of_ffn = (
+        of_attention, of_ffn, packing = None, None, groups  # all tokens
+        if kept is not None and any(chosen is not None for chosen in kept):
+            (*of_attention, packing), (*of_ffn, _) = (
                 kept_rows(groups, [None if pair is None else pair[branch] for pair in kept], x.device)
                 for branch in range(2)
             )
-            rows, scale, packing = of_attention
-            x = AddRows.apply(x, rows, (attention(TakeRows.apply(x, rows), packing) * scale).to(x.dtype))
-        else:
-            x = x + attention(x, groups)
-        if wanted is not None:
-            factor = 1
-            if drops:
-                rows, scale, _ = of_ffn
-                factor = scale.new_zeros(len(x), 1).index_copy(0, rows, scale)[wanted]  # 0 where FFN is dropped
-            x = TakeRows.apply(x, wanted)  # [rows, dim]
-            return x + (ffn(x) * factor).to(x.dtype)
-        if drops:
-            rows, scale, _ = of_ffn
-            return AddRows.apply(x, rows, (ffn(TakeRows.apply(x, rows)) * scale).to(x.dtype))
-        return x + ffn(x)
+        x = _add(x, attention, of_attention)
+        if wanted is None:
+            return _add(x, ffn, of_ffn)
+        asked = TakeRows.apply(x, wanted)  # [rows, dim]
+        if of_ffn is None:
+            return asked + ffn(asked)
+        rows, scale = of_ffn
+        factor = scale.new_zeros(len(x), 1).index_copy(0, rows, scale)[wanted]  # [rows, 1], 0 where FFN is dropped
+        return asked + (ffn(asked) * factor).to(asked.dtype)
+
+
+def _add(x: Tensor, branch: Callable[[Tensor], Tensor], kept: Sequence[Tensor] | None) -> Tensor:
+    """x + branch(x), of all tokens, or of some rows [kept tokens], scaled by [kept tokens, 1]."""
+    if kept is None:
+        return x + branch(x)
+    rows, scale = kept
+    return AddRows.apply(x, rows, (branch(TakeRows.apply(x, rows)) * scale).to(x.dtype))

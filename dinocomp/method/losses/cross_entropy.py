@@ -94,32 +94,19 @@ def _probabilities(logits: Tensor, scale: Tensor, top: Tensor, column: Tensor, r
     return torch.addcmul(column, logits - top[..., None], scale).sub_(row[..., None]).exp_()
 
 
-def _values(
-    logits: Tensor, target_logits: Tensor, scale: Tensor, top: Tensor, column: Tensor, row: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _values(logits: Tensor, *targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [C, R], logarithm of softmax's divisor [C, R], and mass of the targets [R]: V, but 0 for a row of zeros."""
-    p = _probabilities(target_logits, scale, top, column, row).sum(dim=0)  # [R, K]
+    p = _probabilities(*targets).sum(dim=0)  # [R, K]
     z = logits.float() / temperature  # [C, R, K]
     log_q = z.log_softmax(dim=-1)
     lse = z[..., 0] - log_q[..., 0]
     return -log_q.mul_(p).sum(dim=-1), lse, p.sum(dim=-1)
 
 
-def _gradient(
-    grad: Tensor,
-    logits: Tensor,
-    target_logits: Tensor,
-    scale: Tensor,
-    top: Tensor,
-    column: Tensor,
-    row: Tensor,
-    temperature: float,
-    lse: Tensor,
-    mass: Tensor,
-) -> Tensor:
+def _gradient(logits: Tensor, *targets: Tensor, temperature: float, grad: Tensor, lse: Tensor, mass: Tensor) -> Tensor:
     """By the logits, [C, R, K] in their type, where `grad` [C, R] is that by the loss."""
     grad = grad / temperature
-    p = _probabilities(target_logits, scale, top, column, row).sum(dim=0)  # [R, K]
+    p = _probabilities(*targets).sum(dim=0)  # [R, K]
     q = (logits.float() / temperature).sub_(lse[..., None]).exp_()  # [C, R, K], of the student
     return q.mul_((grad * mass)[..., None]).addcmul_(p, grad[..., None], value=-1).to(logits.dtype)
 
@@ -140,35 +127,29 @@ class _CrossEntropy(torch.autograd.Function):
         loss, lse = logits.new_empty(2, *logits.shape[:2], dtype=torch.float32)  # [C, R] each
         mass = lse.new_empty(lse.shape[1])  # [R]
         values = compiled(_values) if by_compiled else _values
-        for some in _CrossEntropy.chunks(logits, target_logits, by_compiled):
-            loss[:, some], lse[:, some], mass[some] = values(
-                logits[:, some], target_logits[:, some], scale, top[:, some], column, row[:, some], temperature
-            )
-        ctx.save_for_backward(logits, target_logits, scale, top, column, row, lse, mass)
+        sides = logits, target_logits, scale, top, column, row
+        for some, parts in _parts(*sides, by_compiled=by_compiled):
+            loss[:, some], lse[:, some], mass[some] = values(*parts, temperature=temperature)
+        ctx.save_for_backward(*sides, lse, mass)
         ctx.temperature, ctx.compiled = temperature, by_compiled
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target_logits, scale, top, column, row, lse, mass = ctx.saved_tensors
-        by_logits = torch.empty_like(logits)  # [C, R, K]
+        *sides, lse, mass = ctx.saved_tensors
+        by_logits = torch.empty_like(sides[0])  # [C, R, K]
         gradient = compiled(_gradient) if ctx.compiled else _gradient
-        for some in _CrossEntropy.chunks(logits, target_logits, ctx.compiled):
+        for some, parts in _parts(*sides, by_compiled=ctx.compiled):
             by_logits[:, some] = gradient(
-                grad[:, some],
-                logits[:, some],
-                target_logits[:, some],
-                scale,
-                top[:, some],
-                column,
-                row[:, some],
-                ctx.temperature,
-                lse[:, some],
-                mass[some],
+                *parts, temperature=ctx.temperature, grad=grad[:, some], lse=lse[:, some], mass=mass[some]
             )
         return by_logits, None, None, None, None, None, None, None
 
-    @staticmethod
-    def chunks(logits: Tensor, target_logits: Tensor, by_compiled: bool) -> Iterator[slice]:
-        numbers = (len(logits) + len(target_logits)) * logits.shape[2]
-        return chunks(logits.shape[1], numbers, logits.device, compiled=by_compiled)
+
+def _parts(
+    logits: Tensor, target_logits: Tensor, scale: Tensor, top: Tensor, column: Tensor, row: Tensor, *, by_compiled: bool
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Which rows, and both sides of them, as many at a time as `chunks` has it."""
+    numbers = (len(logits) + len(target_logits)) * logits.shape[2]
+    for some in chunks(logits.shape[1], numbers, logits.device, compiled=by_compiled):
+        yield some, (logits[:, some], target_logits[:, some], scale, top[:, some], column, row[:, some])
