@@ -273,14 +273,36 @@ class Curriculum:
 @dataclass(frozen=True)
 class Evaluation:
     eval_period_iterations: int = key(
-        12500, "k-NN evaluation of the teacher every so many iterations (0 = never)", minimum=0
+        12500, "evaluate the teacher, and keep a copy of it, every so many iterations (0 = at the end alone)", minimum=0
     )
     train_dataset_path: str = key("", "labelled reference images ('' = the training data's train split, if labelled)")
     val_dataset_path: str = key("", "labelled held-out images ('' = the training data's val split, if labelled)")
+    train_images: int = key(
+        0, "of the labelled reference images, compare with a fixed draw of so many (0 = all)", minimum=0
+    )
+    val_images: int = key(0, "of the labelled held-out images, score a fixed draw of so many (0 = all)", minimum=0)
     knn_k: tuple[int, ...] = key((10, 20, 100, 200), "neighbours that vote; one accuracy for each number", minimum=1)
     knn_temperature: float = key(0.07, "temperature of the votes", above=0)
     batch_size: int = key(256, "images a forward pass of the evaluation", minimum=1)
     at_start: bool = key(False, "also evaluate before the first iteration")
+    budget: float = key(
+        0.1,
+        "largest share of the run's time that evaluations take; those beyond it are left out, but for the first and the "
+        "last (1 = none)",
+        above=0,
+        maximum=1,
+    )
+    label_free: str = key(
+        "auto",
+        "measures that need no labels: effective rank, LiDAR, neighbour consistency (auto = where there is no labelled "
+        "pair)",
+        choices=("auto", "always", "never"),
+    )
+    label_free_images: int = key(1024, "images that label-free measures look at (a fixed draw)", minimum=16)
+    label_free_views: int = key(8, "augmented views of each of them", minimum=2)
+    pictures: bool = key(
+        True, "draw the teacher's features at each evaluation, into OUTPUT/pictures and to the loggers"
+    )
 
 
 @dataclass(frozen=True)
@@ -326,6 +348,7 @@ class Loggers:
     tensorboard: bool = key(False, "also write TensorBoard files")
     wandb: str = key("", "also log to this Weights & Biases project ('' = no)")
     mlflow: str = key("", "also log to this MLflow experiment ('' = no)")
+    report: bool = key(True, "keep OUTPUT/report.html up to date: the run on one page")
 
 
 @dataclass(frozen=True)
@@ -403,7 +426,7 @@ class Config:
     optim: Optim = section(Optim, "AdamW and its schedules")
     crops: Crops = section(Crops, "crops and augmentation")
     curriculum: Curriculum = section(Curriculum, "smaller crops at the beginning")
-    evaluation: Evaluation = section(Evaluation, "k-NN while training")
+    evaluation: Evaluation = section(Evaluation, "what the teacher's features are worth, while training")
     data: Data = section(Data, "shards and loading")
     checkpoint: Checkpoint = section(Checkpoint, "saving and resuming")
     loggers: Loggers = section(Loggers, "where metrics go")

@@ -1,13 +1,16 @@
 """Weights in and out."""
 
+from dinocomp.interop.backbone import Backbone, open_backbone
 from dinocomp.interop.teacher import load_teacher, prepare_image, read_teacher, save_teacher
 from dinocomp.interop.weights import check_file, load_backbone, load_run, read_iteration
 
 __all__ = [
+    "Backbone",
     "check_file",
     "load_backbone",
     "load_run",
     "load_teacher",
+    "open_backbone",
     "prepare_image",
     "read_iteration",
     "read_teacher",
