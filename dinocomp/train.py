@@ -212,20 +212,26 @@ def _finish_copies(run: "Run") -> list[str]:
 def summary(run: "Run") -> list[str]:
     """What a finished run leaves, and what its features are worth, in words."""
     lines = [f"teacher: {run.start.output / 'teacher.safetensors'}"]
-    accuracy, pair = run.callbacks.evaluation.accuracy, run.callbacks.evaluation.pair
-    if pair:
+    evaluation = run.callbacks.evaluation
+    found = [evaluation.found[i] for i in sorted(evaluation.found)]
+    accuracy = {evaluated.iteration: evaluated for evaluated in found if evaluated.knn}
+    if accuracy:
         first, last = min(accuracy), max(accuracy)
-        k = next(iter(accuracy[last]))
-        line = f"k-NN accuracy on {len(pair.val)} held-out images (k={k}): "
+        k = next(iter(accuracy[last].knn))
+        line = f"k-NN accuracy on {len(evaluation.measures.pair.val)} held-out images (k={k}): "
         if first == 0 and last > 0:
-            line += f"{accuracy[first][k]:.1%} before training, {accuracy[last][k]:.1%} after"
+            line += f"{accuracy[first].score:.1%} before training, {accuracy[last].score:.1%} after"
         else:
-            line += f"{accuracy[last][k]:.1%} after {last} iterations"
+            line += f"{accuracy[last].score:.1%} after {last} iterations"
+        best = max(accuracy.values(), key=lambda evaluated: evaluated.score)
+        if best.score > accuracy[last].score:
+            line += f"; best {best.score:.1%} at iteration {best.iteration} (best_teacher.safetensors)"
         lines.append(line)
-    else:
+    elif found and found[-1].label_free:
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in found[-1].label_free.items())
         lines.append(
-            "not evaluated: there is no labelled pair of images; give one as evaluation.train_dataset_path and "
-            "evaluation.val_dataset_path"
+            f"without labels: {shown}. For an accuracy give a labelled pair of images as "
+            "evaluation.train_dataset_path and evaluation.val_dataset_path"
         )
     return lines
 

@@ -41,6 +41,9 @@ TINY = {
     "teacher.warmup_teacher_temp_epochs": 1,
     "evaluation.eval_period_iterations": 100,
     "evaluation.knn_k": "[5]",
+    "evaluation.budget": 1,
+    "evaluation.pictures": "false",
+    "loggers.report": "false",
     "checkpoint.save_frequency": 1,
     "loggers.period_iterations": 1,
 }

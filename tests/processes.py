@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from dinocomp import output
-from dinocomp.callbacks import checkpoints, evaluation
+from dinocomp.callbacks import checkpoints
+from dinocomp.evaluate import online
 from dinocomp.method import DINOv2
 from dinocomp.train import main
 
@@ -166,13 +167,13 @@ def rename_before_lock(source: Path, target: Path) -> None:
 
 def signal_at_evaluation(number: signal.Signals) -> None:
     """This process gets a signal while it evaluates."""
-    original = evaluation.knn_accuracy
+    original = online.knn_accuracy
 
     def knn_accuracy(*arguments: object, **settings: object) -> object:
         os.kill(os.getpid(), number)
         return original(*arguments, **settings)
 
-    evaluation.knn_accuracy = knn_accuracy
+    online.knn_accuracy = knn_accuracy
 
 
 def hang_while_saving() -> None:

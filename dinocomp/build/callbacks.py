@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from composer import Callback
 from composer.utils import dist
 
@@ -27,7 +26,7 @@ from dinocomp.callbacks import (
     StopOnSignal,
     UpdateTeacher,
 )
-from dinocomp.callbacks.evaluation import LabelledPair
+from dinocomp.callbacks.evaluation import Measures
 from dinocomp.checkpoints.folder import TEACHER, expired
 from dinocomp.checkpoints.uploads import Uploads
 from dinocomp.config import Config, derive, to_yaml
@@ -36,15 +35,10 @@ from dinocomp.method import DINOv2
 from dinocomp.optim import Multipliers
 from dinocomp.output import RUN_FILES
 
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass
 class Callbacks:
-    """Everything around a step, in the order in which it runs within an event.
-
-    `evaluation.pair` is None where nothing is labelled.
-    """
+    """Everything around a step, in the order in which it runs within an event."""
 
     random_state: RestoreRandomState
     schedules: ApplySchedules
@@ -65,13 +59,13 @@ class Callbacks:
 
 
 def build_callbacks(
-    config: Config, start: Start, model: DINOv2, multipliers: list[Multipliers], pair: LabelledPair | None
+    config: Config, start: Start, model: DINOv2, multipliers: list[Multipliers], measures: Measures
 ) -> Callbacks:
     """All callbacks of a run.
 
     Args:
         multipliers: of the optimizer's groups.
-        pair: what to evaluate on.
+        measures: what an evaluation consists of.
     """
     output, total = start.output, derive.total_iterations(config)
     schedules = build_schedules(config, dist.get_world_size())
@@ -126,19 +120,11 @@ def build_callbacks(
         ),
         evaluation=OnlineEvaluation(
             model,
-            pair,
+            measures,
             folder=output,
             period=config.evaluation.eval_period_iterations,
             at_start=config.evaluation.at_start,
-            resize=resize,
-            crop=crop,
-            ks=config.evaluation.knn_k,
-            temperature=config.evaluation.knn_temperature,
-            batch_size=config.evaluation.batch_size,
-            num_workers=config.train.num_workers,
-            timeout_seconds=config.data.timeout_seconds,
-            autocast=_AUTOCAST[start.precision],
-            skip_bad=config.data.on_bad_image == "skip",
+            budget=config.evaluation.budget,
             export_teacher=export_teacher,
             stop=stop,
         ),

@@ -12,19 +12,20 @@ from torch.utils.data import DataLoader
 
 from dinocomp.build.callbacks import Callbacks, build_callbacks
 from dinocomp.build.compile import compile_networks
-from dinocomp.build.data import build_loader, opening, training_images
+from dinocomp.build.data import build_loader, training_images
+from dinocomp.build.evaluation import build_measures, labelled_pair
 from dinocomp.build.loggers import build_loggers
 from dinocomp.build.model import build_model
 from dinocomp.build.optim import build_optimizer, choose_kernel
 from dinocomp.build.parallel import expected_warnings, parallelism, prepare_for_sharding
 from dinocomp.build.start import Start, check_enough
 from dinocomp.build.trainer import AsyncTrainer
-from dinocomp.callbacks.evaluation import LabelledPair
+from dinocomp.callbacks.evaluation import Measures
 from dinocomp.checkpoints.plain import only_plain_types
 from dinocomp.checkpoints.shapes import check_names, state_to_load
 from dinocomp.config import Config, derive
 from dinocomp.config.advice import warnings
-from dinocomp.data import evaluation_pair, split_batch
+from dinocomp.data import split_batch
 from dinocomp.method import DINOv2
 
 log = logging.getLogger(__name__)
@@ -55,26 +56,21 @@ def build_run(config: Config, start: Start) -> Run:
     if start.checkpoint is None or start.changed:  # else they have been given
         for advice in warnings(config, dist.get_world_size(), len(images)):
             log.warning("%s -> %s", advice.what, advice.remedy)
-    pair = evaluation_pair(
-        config.train.dataset_path,
-        config.evaluation.train_dataset_path,
-        config.evaluation.val_dataset_path,
-        **opening(config),
-    )
+    pair = labelled_pair(config)
     # The same weights on every rank; the Trainer then seeds each rank differently for what is drawn while training.
     reproducibility.seed_all(config.train.seed)
     empty = start.strategy in derive.SHARDED and dist.get_global_rank() != 0  # sharded, rank 0's weights go to all
     model = build_model(config, dist.get_world_size(), initial_weights=start.checkpoint is None, empty=empty)
     loader = build_loader(config, images, pin_memory=start.gpu)
-    return build_training(config, start, model, loader, LabelledPair(*pair) if pair else None)
+    return build_training(config, start, model, loader, build_measures(config, start, model, images, pair))
 
 
 def build_training(
-    config: Config, start: Start, model: DINOv2, loader: DataLoader, pair: LabelledPair | None = None
+    config: Config, start: Start, model: DINOv2, loader: DataLoader, measures: Measures | None = None
 ) -> Run:
-    """Composer's Trainer with everything around a step."""
+    """Composer's Trainer with everything around a step. Without `measures` nothing is evaluated."""
     optimizer, multipliers = build_optimizer(config, model)
-    callbacks = build_callbacks(config, start, model, multipliers, pair)
+    callbacks = build_callbacks(config, start, model, multipliers, measures or Measures())
     device = DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU()
     prepare_for_sharding(config, start.strategy, model, device)
     compile_networks(config, model)

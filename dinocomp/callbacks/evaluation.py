@@ -1,8 +1,9 @@
 """Every few thousand steps, and at the end: what the teacher's features are worth."""
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,86 +14,84 @@ from composer.utils import dist
 from safetensors import SafetensorError
 
 from dinocomp.callbacks.stop import StopOnSignal
-from dinocomp.data import Images
+from dinocomp.checkpoints.folder import BEST_TEACHER
 from dinocomp.distributed import on_rank_0
-from dinocomp.evaluate import extract_features, gather_features, knn_accuracy
+from dinocomp.errors import WeightsError
+from dinocomp.evaluate.online import Evaluated, LabelledPair, read_evaluations, write_evaluations
+from dinocomp.interop import read_about
 from dinocomp.method import DINOv2
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LabelledPair:
-    """Images whose labels are known, and images to guess them for."""
+class Measures:
+    """What an evaluation consists of; None for what is left out. All ranks call each of them together.
 
-    train: Images
-    val: Images
+    Attributes:
+        pair: what `knn` is measured on.
+        knn: of the teacher's backbone, k -> accuracy.
+        label_free: of the teacher's backbone, name -> value.
+        pictures: draws the teacher of an iteration.
+    """
+
+    pair: LabelledPair | None = None
+    knn: Callable[[torch.nn.Module], Mapping[int, float]] | None = None
+    label_free: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
+    pictures: Callable[[DINOv2, int, Logger], None] | None = None
 
 
 class OnlineEvaluation(Callback):
-    """k-NN accuracy of the teacher on a labelled pair, and a copy of the teacher at each evaluation.
+    """Measures the teacher, and keeps a copy of it at each period and of the best one.
+
+    Training is as it would be without: no global random generator, no position in the data, no weight is touched.
 
     Args:
-        pair: what to classify; None evaluates nothing and only keeps the copies.
-        folder: gets `evaluation.jsonl` and, at each period, `evaluation/iteration-N/teacher.safetensors`.
+        folder: gets `evaluation.jsonl`, at each period `evaluation/iteration-N/teacher.safetensors`, and
+            `best_teacher.safetensors`, the one with the highest k-NN accuracy at the first k.
         period: iterations between evaluations; 0 for none but the last.
         at_start: evaluate the weights that the run starts from.
-        resize, crop: of the evaluation view, in pixels.
-        ks, temperature: see `knn_accuracy`.
-        skip_bad: whether images that cannot be decoded are left out; else they are an error.
+        budget: largest share of the time that evaluations take: one that follows too soon is left out.
         export_teacher: gives what writes the teacher, of an iteration, to a path; all ranks call it.
         stop: once it asks for the end, nothing is evaluated any more; the run that goes on makes up for it.
 
     Attributes:
-        accuracy: iteration -> {k: top-1 accuracy}, of this process and, from the file, of those before it.
+        found: iteration -> what was found, by this process and, from the file, by those before it.
     """
 
     def __init__(
         self,
         model: DINOv2,
-        pair: LabelledPair | None,
+        measures: Measures,
         *,
         folder: Path,
         period: int,
         at_start: bool,
-        resize: int,
-        crop: int,
-        ks: Sequence[int],
-        temperature: float,
-        batch_size: int,
-        num_workers: int,
-        timeout_seconds: float,
-        autocast: torch.dtype | None,
-        skip_bad: bool,
+        budget: float,
         export_teacher: Callable[[], Callable[[Path, int], None]],
         stop: StopOnSignal,
     ) -> None:
         self.model = model
-        self.pair = pair
+        self.measures = measures
         self.folder = folder
         self.path = folder / "evaluation.jsonl"
         self.period = period
         self.at_start = at_start
-        self.view = {"resize": resize, "crop": crop}
-        self.ks, self.temperature = ks, temperature
-        self.loading = {
-            "batch_size": batch_size,
-            "num_workers": num_workers,
-            "timeout_seconds": timeout_seconds,
-            "autocast": autocast,
-            "skip_bad": skip_bad,
-        }
+        self.budget = budget
         self.export_teacher = export_teacher
         self.stop = stop
-        self.accuracy = on_rank_0(lambda: _read(self.path))
+        self.found = on_rank_0(lambda: read_evaluations(self.path))
+        self.ended, self.took = time.monotonic(), 0.0  # the last evaluation
+        self.left_out = 0
 
     def fit_start(self, state: State, logger: Logger) -> None:
         finished = int(state.timestamp.batch)
-        self.accuracy = {i: a for i, a in self.accuracy.items() if i <= finished}
+        self.found = {i: evaluated for i, evaluated in self.found.items() if i <= finished}
+        on_rank_0(lambda: self._forget_best_after(finished))
         if self.at_start and finished == 0:
             self._evaluate(0, logger)
         copied = on_rank_0(self._copy_of(finished).exists)
-        if self._is_due(finished) and not (copied and (self.pair is None or finished in self.accuracy)):
+        if self._is_due(finished) and not (copied and self._is_measured(finished)):
             self._keep_and_evaluate(finished, logger)  # the process before this one did not come to it
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -103,69 +102,107 @@ class OnlineEvaluation(Callback):
     def fit_end(self, state: State, logger: Logger) -> None:
         """Also for a run whose training had ended when it was killed before this."""
         finished = int(state.timestamp.batch)
-        if finished not in self.accuracy and not self.stop.requested:
+        if not self._is_measured(finished) and not self.stop.requested:
             self._evaluate(finished, logger)
 
     def _is_due(self, finished: int) -> bool:
         return bool(self.period) and finished > 0 and finished % self.period == 0
 
+    def _is_measured(self, finished: int) -> bool:
+        return finished in self.found or self.measures == Measures()
+
     def _copy_of(self, iteration: int) -> Path:
         return self.folder / "evaluation" / f"iteration-{iteration:08d}" / "teacher.safetensors"
 
     def _keep_and_evaluate(self, iteration: int, logger: Logger) -> None:
+        self._write_teacher(self._copy_of(iteration), iteration)
+        if on_rank_0(lambda: self._is_affordable(iteration)):
+            self._evaluate(iteration, logger)
+
+    def _write_teacher(self, path: Path, iteration: int) -> None:
         write = self.export_teacher()
         if dist.get_global_rank() == 0:
-            with _no_reason_to_stop(self._copy_of(iteration)):
-                write(self._copy_of(iteration), iteration)
-        self._evaluate(iteration, logger)
+            with no_reason_to_stop(path):
+                write(path, iteration)
+
+    def _is_affordable(self, iteration: int) -> bool:
+        """Whether enough has been trained since the last evaluation for one more of its length."""
+        wanted = self.took * (1 / self.budget - 1)
+        if time.monotonic() - self.ended >= wanted:
+            return True
+        self.left_out += 1
+        log.log(
+            logging.INFO if self.left_out == 1 else logging.DEBUG,
+            "the evaluation at iteration %d is left out: the last one took %.0f s, and evaluation.budget=%g wants "
+            "%.0f s of training before the next (further ones like it are told in train.log alone)",
+            iteration,
+            self.took,
+            self.budget,
+            wanted,
+        )
+        return False
 
     def _evaluate(self, iteration: int, logger: Logger) -> None:
-        if self.pair is None:
-            return
+        start = time.monotonic()
         backbone = self.model.shells("teacher")["backbone"]
+        knn, label_free = {}, {}
         # Its shapes are others than those that training has compiled blocks for.
         with torch.compiler.set_stance("force_eager"):
-            train, val = (
-                extract_features(backbone, images, normalize=self.model.normalize, **self.view, **self.loading)
-                for images in (self.pair.train, self.pair.val)
-            )
-        accuracy = knn_accuracy(
-            gather_features(train, len(self.pair.train)),
-            val,
-            ks=self.ks,
-            temperature=self.temperature,
-            device=next(backbone.parameters()).device,
+            if self.measures.knn:
+                knn = self.measures.knn(backbone)
+            if self.measures.label_free:
+                label_free = self.measures.label_free(backbone)
+            if self.measures.pictures:
+                self.measures.pictures(self.model, iteration, logger)
+        best = max((evaluated.score for evaluated in self.found.values()), default=-1.0)
+        evaluated = Evaluated(iteration, knn, label_free, time.monotonic() - start)
+        self.found[iteration] = evaluated
+        if evaluated.score > best:
+            self._write_teacher(self.folder / BEST_TEACHER, iteration)
+        self._tell(evaluated, logger)
+        self.ended = time.monotonic()
+        self.took = self.ended - start
+
+    def _tell(self, evaluated: Evaluated, logger: Logger) -> None:
+        logger.log_metrics(
+            {f"knn/top1_k{k}": value for k, value in evaluated.knn.items()}
+            | {f"label_free/{name}": value for name, value in evaluated.label_free.items()}
+            | {"evaluation/seconds": evaluated.seconds}
         )
-        self.accuracy[iteration] = accuracy
-        logger.log_metrics({f"knn/top1_k{k}": value for k, value in accuracy.items()})
-        if dist.get_global_rank() == 0:
-            shown = "  ".join(f"k={k} {value:.1%}" for k, value in accuracy.items())
-            log.info("k-NN accuracy of the teacher at iteration %d: %s", iteration, shown)
-            lines = [json.dumps({"iteration": i, "knn_top1": a}) + "\n" for i, a in sorted(self.accuracy.items())]
-            with _no_reason_to_stop(self.path):
-                partial = self.path.with_suffix(".partial")
-                partial.write_text("".join(lines))
-                partial.replace(self.path)
+        if dist.get_global_rank() != 0:
+            return
+        if evaluated.knn:
+            shown = "  ".join(f"k={k} {value:.1%}" for k, value in evaluated.knn.items())
+            log.info("k-NN accuracy of the teacher at iteration %d: %s", evaluated.iteration, shown)
+        if evaluated.label_free:
+            shown = "  ".join(f"{name} {value:.3g}" for name, value in evaluated.label_free.items())
+            log.info("without labels, the teacher at iteration %d: %s", evaluated.iteration, shown)
+        log.debug("evaluating iteration %d took %.1f s", evaluated.iteration, evaluated.seconds)
+        with no_reason_to_stop(self.path):
+            write_evaluations(self.path, self.found)
+
+    def _forget_best_after(self, finished: int) -> None:
+        """The best teacher may be of an iteration that a resumed run has yet to come to again, perhaps otherwise."""
+        path = self.folder / BEST_TEACHER
+        try:
+            if not path.exists() or int(read_about(path)["iteration"]) <= finished:
+                return
+        except WeightsError:  # whatever it is, it is in the way of the next
+            pass
+        with no_reason_to_stop(path):
+            path.unlink()
+            kept = [i for i, evaluated in self.found.items() if evaluated.knn and self._copy_of(i).exists()]
+            if kept:
+                best = max(kept, key=lambda i: self.found[i].score)
+                partial = path.with_suffix(".partial")
+                shutil.copyfile(self._copy_of(best), partial)
+                partial.replace(path)
 
 
 @contextmanager
-def _no_reason_to_stop(path: Path) -> Iterator[None]:
+def no_reason_to_stop(path: Path) -> Iterator[None]:
     """A full disk costs this file, not the run: whether checkpoints can be written is seen there."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         log.warning("%s cannot be written: %s", path, error)
-
-
-def _read(path: Path) -> dict[int, dict[int, float]]:
-    """What earlier processes of the run measured."""
-    if not path.exists():
-        return {}
-    accuracy = {}
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # a line that somebody or a full disk cut short: it is measured again
-            continue
-        accuracy[record["iteration"]] = {int(k): value for k, value in record["knn_top1"].items()}
-    return accuracy

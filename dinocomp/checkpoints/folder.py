@@ -26,6 +26,7 @@ from dinocomp.checkpoints.manifest import (
 STATE = "checkpoint.pt"  # Composer's checkpoint, in one file
 SHARES = ".metadata"  # or in a file of each rank: this one says what lies where
 TEACHER = "teacher.safetensors"
+BEST_TEACHER = "best_teacher.safetensors"  # of a run, by k-NN
 
 _NAME = re.compile(r"iteration-\d{8,}")
 _HIDDEN = (".partial-", ".gone-")  # being written, being deleted

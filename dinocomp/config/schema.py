@@ -287,8 +287,8 @@ class Evaluation:
     at_start: bool = key(False, "also evaluate before the first iteration")
     budget: float = key(
         0.1,
-        "largest share of the run's time that evaluations take; those beyond it are left out, but for the first and the "
-        "last (1 = none)",
+        "largest share of the run's time that evaluations take: one that comes too soon after the one before is left "
+        "out, but for the last (1 = none)",
         above=0,
         maximum=1,
     )

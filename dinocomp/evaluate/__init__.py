@@ -1,6 +1,18 @@
 """What the features are worth."""
 
+from dinocomp.evaluate.draw import Drawn, draw
 from dinocomp.evaluate.features import Features, extract_features, gather_features
-from dinocomp.evaluate.knn import knn_accuracy
+from dinocomp.evaluate.knn import knn_accuracy, nearest
+from dinocomp.evaluate.label_free import extract_views, label_free_measures
 
-__all__ = ["Features", "extract_features", "gather_features", "knn_accuracy"]
+__all__ = [
+    "Drawn",
+    "Features",
+    "draw",
+    "extract_features",
+    "extract_views",
+    "gather_features",
+    "knn_accuracy",
+    "label_free_measures",
+    "nearest",
+]

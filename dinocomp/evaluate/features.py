@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain, repeat
 from typing import NamedTuple
@@ -50,7 +51,42 @@ class _Views(Dataset):
         return evaluation_view(pixels, self.resize, self.crop), sample.label
 
 
+def equal_passes(
+    mine: Dataset,
+    total: int,
+    nothing: tuple[Tensor, ...],
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+    timeout_seconds: float,
+) -> Iterator[Sequence[Tensor]]:
+    """Batches of this rank's share of `total` items, then `nothing` until the rank with the most has seen its own.
+
+    Sharded weights are gathered for each forward pass, so each rank has to make as many as the others.
+    """
+    workers = num_workers if len(mine) > batch_size else 0
+    loader = PlainLoader(
+        mine,
+        batch_size,
+        num_workers=workers,
+        timeout=timeout_seconds if workers else 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else the loader draws a seed from the global one
+    )
+    most = math.ceil(total / dist.get_world_size())  # items of a rank
+    return chain(loader, repeat(nothing, math.ceil(most / batch_size) - len(loader)))
+
+
 @torch.no_grad()
+def class_tokens(
+    backbone: torch.nn.Module, normalize: torch.nn.Module, pixels: Tensor, autocast: torch.dtype | None
+) -> Tensor:
+    """Class tokens [b, D] (fp32, CPU) of uint8 images [b, 3, H, W]."""
+    device = next(backbone.parameters()).device
+    with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
+        return backbone(normalize(pixels.to(device, non_blocking=True))).cls.float().cpu()
+
+
 def extract_features(
     backbone: torch.nn.Module,
     images: Images,
@@ -80,26 +116,14 @@ def extract_features(
     Raises:
         DataError: no image of any rank could be decoded, or one could not and is not to be left out.
     """
-    device = next(backbone.parameters()).device
     views = _Views(images, resize, crop, dist.get_global_rank(), dist.get_world_size(), skip_bad)
-    workers = num_workers if len(views) > batch_size else 0
-    loader = PlainLoader(
-        views,
-        batch_size,
-        num_workers=workers,
-        timeout=timeout_seconds if workers else 0,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else the loader draws a seed from the global one
-    )
-    most = math.ceil(len(images) / dist.get_world_size())  # images of a rank
-    passes = math.ceil(most / batch_size)
     nothing = torch.zeros(1, 3, crop, crop, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+    device = next(backbone.parameters()).device
+    loader = equal_passes(views, len(images), nothing, device, batch_size, num_workers, timeout_seconds)
     vectors, labels = [], []
-    with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
-        for pixels, label in chain(loader, repeat(nothing, passes - len(loader))):
-            tokens = backbone(normalize(pixels.to(device, non_blocking=True)))
-            vectors.append(tokens.cls[: len(label)].float().cpu())  # [b, D]
-            labels.append(label)
+    for pixels, label in loader:  # uint8 [b, 3, crop, crop], [b]
+        vectors.append(class_tokens(backbone, normalize, pixels, autocast)[: len(label)])  # [b, D]
+        labels.append(label)
     features = Features(torch.cat(vectors), torch.cat(labels))
     features.vectors[features.labels == NO_LABEL] = 0.0
     mine = [views.index[i] for i in (features.labels == NO_LABEL).nonzero().flatten().tolist()]

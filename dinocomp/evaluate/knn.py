@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dinocomp.distributed import all_reduce
 from dinocomp.evaluate.features import Features
@@ -30,29 +31,61 @@ def knn_accuracy(
             left out.
         ks: how many neighbours vote. A k beyond the training images counts all of them.
         device: where to compare, and for several ranks one that the process group can add on.
-        chunk: queries at a time; `chunk` x training images numbers are in memory at once.
+        chunk: queries at a time.
 
     Returns:
         k -> share of `val` classified right, in [0, 1].
     """
     train, val = _kept(train), _kept(val)
-    keys = F.normalize(train.vectors.to(device).float(), dim=-1)  # [n, D]
-    key_labels = train.labels.to(device)  # [n]
     num_classes = int(train.labels.max()) + 1
-    largest = min(max(ks), len(keys))
+    similarity, index = nearest(val.vectors, train.vectors, max(ks), device=device, chunk=chunk)  # [m, k], [m, k]
     counts = torch.zeros(len(ks) + 1, dtype=torch.float64, device=device)  # right for each k, and the queries
-    for vectors, labels in zip(val.vectors.split(chunk), val.labels.split(chunk), strict=True):
-        query = F.normalize(vectors.to(device).float(), dim=-1)  # [c, D]
-        similarity, index = (query @ keys.T).topk(largest)  # [c, k], [c, k]
-        votes = F.softmax(similarity / temperature, dim=1)  # [c, k]
-        neighbours = key_labels[index]  # [c, k]
+    for close, numbers, labels in zip(*(x.split(chunk) for x in (similarity, index, val.labels)), strict=True):
+        votes = F.softmax(close / temperature, dim=1)  # [c, k]
+        neighbours = train.labels[numbers]  # [c, k]
         for i, k in enumerate(ks):
-            score = votes.new_zeros(len(query), num_classes)  # [c, classes]
+            score = votes.new_zeros(len(votes), num_classes)  # [c, classes]
             score.scatter_add_(1, neighbours[:, :k], votes[:, :k])
-            counts[i] += (score.argmax(dim=1) == labels.to(device)).sum()
-        counts[-1] += len(query)
+            counts[i] += (score.argmax(dim=1) == labels).sum()
+        counts[-1] += len(labels)
     *right, total = all_reduce(counts).tolist()
     return {k: count / total for k, count in zip(ks, right, strict=True)}
+
+
+@torch.no_grad()
+def nearest(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    device: torch.device | str = "cpu",
+    chunk: int = 256,
+    key_chunk: int = 65536,
+) -> tuple[Tensor, Tensor]:
+    """The k keys nearest to each query by cosine, nearest first.
+
+    Args:
+        queries, keys: [m, D] and [n, D].
+        k: n is taken where it is more.
+        device: where to compare. Of the keys `key_chunk` are there at a time, a training run's memory being scarce.
+
+    Returns:
+        cosines [m, k] fp32, and numbers of the keys [m, k] int64; on the CPU.
+    """
+    k = min(k, len(keys))
+    similarity = torch.full((len(queries), k), -torch.inf)  # [m, k]
+    index = torch.zeros(len(queries), k, dtype=torch.int64)  # [m, k]
+    for first in range(0, len(keys), key_chunk):
+        part = F.normalize(keys[first : first + key_chunk].to(device).float(), dim=-1)  # [n', D]
+        for start in range(0, len(queries), chunk):
+            rows = slice(start, start + chunk)
+            found = F.normalize(queries[rows].to(device).float(), dim=-1) @ part.T  # [c, n']
+            close, numbers = found.topk(min(k, len(part)))
+            close = torch.cat([similarity[rows], close.cpu()], dim=1)
+            numbers = torch.cat([index[rows], numbers.cpu() + first], dim=1)
+            similarity[rows], best = close.topk(k)
+            index[rows] = numbers.gather(1, best)
+    return similarity, index
 
 
 def _kept(features: Features) -> Features:

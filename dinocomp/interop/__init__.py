@@ -1,7 +1,7 @@
 """Weights in and out."""
 
 from dinocomp.interop.backbone import Backbone, open_backbone
-from dinocomp.interop.teacher import load_teacher, prepare_image, read_teacher, save_teacher
+from dinocomp.interop.teacher import load_teacher, prepare_image, read_about, read_teacher, save_teacher
 from dinocomp.interop.weights import check_file, load_backbone, load_run, read_iteration
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "load_teacher",
     "open_backbone",
     "prepare_image",
+    "read_about",
     "read_iteration",
     "read_teacher",
     "save_teacher",

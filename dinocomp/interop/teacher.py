@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dinocomp.data import decode_rgb, evaluation_view
@@ -69,12 +69,24 @@ def read_teacher(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         WeightsError: the file is missing, damaged or of another kind.
     """
+    about = read_about(path)
+    try:
+        return load_file(path), about
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is no whole safetensors file ({error}); export it again") from error
+
+
+def read_about(path: str | Path) -> dict[str, str]:
+    """The metadata alone.
+
+    Raises:
+        WeightsError: as `read_teacher`.
+    """
     if not Path(path).is_file():
         raise WeightsError(f"no teacher file at {path}; a run writes OUTPUT/teacher.safetensors with each checkpoint")
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise WeightsError(f"{path} is no whole safetensors file ({error}); export it again") from error
     if about.get("format") != FORMAT:
@@ -82,7 +94,7 @@ def read_teacher(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} holds weights, but was not written by a dinocomp run (no '{FORMAT}' in its metadata); "
             "to start training from it, pass it as student.pretrained_weights"
         )
-    return tensors, about
+    return about
 
 
 def load_teacher(path: str | Path) -> VisionTransformer:

@@ -16,7 +16,7 @@ from dinocomp.checkpoints.plain import load_plain
 from dinocomp.checkpoints.shapes import read_shares
 from dinocomp.errors import WeightsError
 from dinocomp.interop.names import published_name
-from dinocomp.interop.teacher import read_teacher
+from dinocomp.interop.teacher import read_about
 from dinocomp.models import VisionTransformer
 from dinocomp.models.embeddings import interpolate_pos_embed
 
@@ -63,7 +63,7 @@ def read_iteration(path: str | Path) -> int:
     if path.is_dir():
         iteration = iteration_of(path)
     elif path.suffix == ".safetensors":
-        iteration = read_teacher(path)[1].get("iteration")
+        iteration = read_about(path).get("iteration")
     else:
         content = load_plain(path, mmap=True)
         iteration = None

@@ -1,0 +1,67 @@
+"""What an evaluation measures, from a configuration."""
+
+from functools import partial
+
+import torch
+
+from dinocomp.build.data import crop_settings, opening
+from dinocomp.build.start import Start
+from dinocomp.callbacks.evaluation import Measures
+from dinocomp.config import Config, derive
+from dinocomp.data import Images, evaluation_pair
+from dinocomp.evaluate import Drawn
+from dinocomp.evaluate.online import LabelledPair, measure_knn, measure_label_free
+from dinocomp.method import DINOv2
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def labelled_pair(config: Config) -> LabelledPair | None:
+    """What k-NN is measured on; None where nothing is labelled."""
+    evaluation = config.evaluation
+    pair = evaluation_pair(
+        config.train.dataset_path, evaluation.train_dataset_path, evaluation.val_dataset_path, **opening(config)
+    )
+    if pair is None:
+        return None
+    return LabelledPair(Drawn(pair[0], evaluation.train_images), Drawn(pair[1], evaluation.val_images))
+
+
+def build_measures(config: Config, start: Start, model: DINOv2, images: Images, pair: LabelledPair | None) -> Measures:
+    """k-NN on a labelled pair, label-free measures, and pictures, as far as they are wanted.
+
+    Args:
+        images: what the run trains on; label-free measures look at the pair's held-out ones instead, where there are.
+    """
+    evaluation = config.evaluation
+    resize, crop = derive.evaluation_crop(config)
+    loading = {
+        "normalize": model.normalize,
+        "batch_size": evaluation.batch_size,
+        "num_workers": config.train.num_workers,
+        "timeout_seconds": config.data.timeout_seconds,
+        "autocast": _AUTOCAST[start.precision],
+        "skip_bad": config.data.on_bad_image == "skip",
+    }
+    knn = label_free = None
+    if pair:
+        knn = partial(
+            measure_knn,
+            pair=pair,
+            resize=resize,
+            crop=crop,
+            ks=evaluation.knn_k,
+            temperature=evaluation.knn_temperature,
+            **loading,
+        )
+    if evaluation.label_free == "always" or (evaluation.label_free == "auto" and not pair):
+        label_free = partial(
+            measure_label_free,
+            images=pair.val if pair else images,
+            count=evaluation.label_free_images,
+            views=evaluation.label_free_views,
+            settings=crop_settings(config),
+            resize=resize,
+            **loading,
+        )
+    return Measures(pair, knn, label_free)

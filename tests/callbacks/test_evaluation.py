@@ -1,0 +1,154 @@
+"""When the teacher is evaluated, what is kept of it, and that training does not notice."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dinocomp.callbacks import OnlineEvaluation
+from dinocomp.callbacks.evaluation import Measures
+from dinocomp.checkpoints.folder import BEST_TEACHER, TEACHER
+from dinocomp.evaluate.online import Evaluated, read_evaluations, write_evaluations
+from dinocomp.interop import read_about, read_teacher
+from dinocomp.train import main
+
+from ..helpers import small_folder, words, yaml_of_nothing
+
+pytestmark = pytest.mark.usefixtures("one_cache")
+
+
+def test_training_does_not_notice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The same weights to the last bit with every measure at every iteration, in spite of drop path and workers."""
+    nothing = yaml_of_nothing(tmp_path)
+    every = {
+        "evaluation__eval_period_iterations": 1,
+        "evaluation__at_start": "true",
+        "evaluation__label_free": "always",
+        "evaluation__label_free_images": 16,
+        "evaluation__label_free_views": 2,
+        "evaluation__train_images": 100,
+        "evaluation__val_images": 50,
+    }
+    for name, changes in (("with", every), ("without", {"evaluation__eval_period_iterations": 0})):
+        settings = words(tmp_path / name, optim__epochs=2, train__num_workers=1, **changes)
+        assert main([nothing, *settings]) == 0
+    ours, theirs = (read_teacher(tmp_path / name / TEACHER)[0] for name in ("with", "without"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+
+    found = read_evaluations(tmp_path / "with" / "evaluation.jsonl")
+    assert sorted(found) == list(range(9)) and all(evaluated.seconds > 0 for evaluated in found.values())
+    assert {*found[8].label_free} == {"rankme", "lidar", "neighbour_consistency"}
+    best = max(found.values(), key=lambda evaluated: evaluated.score)
+    assert int(read_about(tmp_path / "with" / BEST_TEACHER)["iteration"]) == best.iteration
+    assert "k-NN accuracy on 50 held-out images" in capsys.readouterr().out
+
+
+def test_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    images = small_folder(tmp_path / "images", 20)
+    settings = words(tmp_path / "run", train__dataset_path=images, optim__epochs=1, evaluation__label_free_images=16)
+    assert main([yaml_of_nothing(tmp_path), *settings]) == 0
+    assert "without labels: rankme " in capsys.readouterr().out
+    (line,) = (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["iteration"] == 4 and "knn_top1" not in found
+    assert 1 < found["label_free"]["rankme"] <= 16 and 0 <= found["label_free"]["neighbour_consistency"] <= 1
+    assert not (tmp_path / "run" / BEST_TEACHER).exists()
+
+
+class Clock:
+    """A day in which evaluations take 10 s and an iteration takes 1 s."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    monkeypatch.setattr("dinocomp.callbacks.evaluation.time", clock)
+    yield clock
+
+
+def evaluation_of(folder: Path, clock: Clock, accuracies: Iterator[float], **settings: object) -> OnlineEvaluation:
+    def knn(backbone: object) -> dict[int, float]:
+        clock.now += 10
+        return {5: next(accuracies)}
+
+    def export() -> object:
+        def write(path: Path, iteration: int) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(str(iteration))
+
+        return write
+
+    model = SimpleNamespace(shells=lambda role: {"backbone": None})
+    defaults = {"period": 5, "at_start": False, "budget": 1.0}
+    return OnlineEvaluation(
+        model,
+        Measures(knn=knn),
+        folder=folder,
+        export_teacher=export,
+        stop=SimpleNamespace(requested=False),
+        **defaults | settings,
+    )
+
+
+def run(evaluation: OnlineEvaluation, clock: Clock, start: int, end: int) -> None:
+    logger = SimpleNamespace(log_metrics=lambda metrics: None)
+
+    def event(name: str, iteration: int) -> None:
+        state = SimpleNamespace(timestamp=SimpleNamespace(batch=iteration))
+        getattr(evaluation, name)(state, logger)
+
+    event("fit_start", start)
+    for iteration in range(start + 1, end + 1):
+        clock.now += 1
+        event("batch_end", iteration)
+    event("fit_end", end)
+
+
+def test_the_budget_is_kept(tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """At a quarter, 30 s of training lie between evaluations of 10 s; copies are kept all the same."""
+    caplog.set_level(logging.INFO, "dinocomp")
+    evaluation = evaluation_of(tmp_path, clock, iter([0.5] * 99), budget=0.25)
+    run(evaluation, clock, 0, 102)
+    assert sorted(evaluation.found) == [5, 35, 65, 95, 102]
+    assert len([*tmp_path.glob("evaluation/iteration-*/teacher.safetensors")]) == 20
+    told = [message for message in caplog.messages if "left out" in message]
+    assert len(told) == 1 and "evaluation.budget=0.25 wants 30 s of training" in told[0]
+
+
+def test_the_best_teacher_stays(tmp_path: Path, clock: Clock) -> None:
+    evaluation = evaluation_of(tmp_path, clock, iter([0.3, 0.5, 0.8, 0.6, 0.8, 0.7]), at_start=True)
+    run(evaluation, clock, 0, 25)
+    assert (tmp_path / BEST_TEACHER).read_text() == "10", "the first of two equal ones"
+    assert evaluation.found[25].knn == {5: 0.7}
+
+
+def test_a_best_teacher_of_a_future_that_is_trained_anew(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on from iteration 12, with a best teacher of 15: that of 10, kept at its evaluation, takes over."""
+    monkeypatch.setattr("dinocomp.callbacks.evaluation.read_about", lambda path: {"iteration": Path(path).read_text()})
+    run(evaluation_of(tmp_path, clock, iter([0.3, 0.5, 0.8])), clock, 0, 15)
+    assert (tmp_path / BEST_TEACHER).read_text() == "15"
+    evaluation = evaluation_of(tmp_path, clock, iter([0.4, 0.6]))
+    run(evaluation, clock, 12, 14)
+    assert (tmp_path / BEST_TEACHER).read_text() == "10" and sorted(evaluation.found) == [5, 10, 14]
+
+
+def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.jsonl"
+    assert read_evaluations(path) == {}
+    found = {3: Evaluated(3, {10: 0.5, 20: 0.25}, {"rankme": 7.5}, 1.25), 9: Evaluated(9, {}, {"rankme": 8.0}, 2.0)}
+    write_evaluations(path, found)
+    assert read_evaluations(path) == found and found[3].score == 0.5 and found[9].score == -1
+    path.write_text(path.read_text()[:-20])  # cut short
+    assert read_evaluations(path) == {3: found[3]}
