@@ -1,12 +1,23 @@
 """Opening a frozen backbone, whoever trained it."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from dinocomp.interop.teacher import load_teacher
+from dinocomp.checkpoints.folder import TEACHER
+from dinocomp.errors import WeightsError
+from dinocomp.hints import missing
+from dinocomp.interop.foreign import open_hugging_face, open_timm
+from dinocomp.interop.formats import infer_architecture, published
+from dinocomp.interop.teacher import FORMAT, load_teacher
+from dinocomp.interop.weights import load_strictly, read_tensors
+from dinocomp.models import VisionTransformer
+
+_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 class Backbone(Protocol):
@@ -32,10 +43,61 @@ class Backbone(Protocol):
 
 
 def open_backbone(source: str | Path) -> Backbone:
-    """A frozen backbone from a run's folder or a teacher's file.
+    """A frozen backbone, in eval mode.
+
+    Args:
+        source: a run's folder (its newest teacher), a ``teacher.safetensors``, a checkpoint of a run, a DINOv2 file
+            (published, of the reference's training, timm's or Hugging Face's names), a folder that Hugging Face's
+            `save_pretrained` wrote, or, for other networks of those libraries, ``timm:NAME``, ``timm:NAME=FILE`` and
+            ``hf:FOLDER_OR_NAME``.
 
     Raises:
-        WeightsError: there is none at `source`.
+        WeightsError: there is none at `source`, or it is no backbone that is known.
     """
+    text = str(source)
+    for prefix, opened in (("timm:", open_timm), ("hf:", open_hugging_face)):
+        if text.startswith(prefix):
+            return opened(text.removeprefix(prefix))
     path = Path(source).expanduser()
-    return load_teacher(path / "teacher.safetensors" if path.is_dir() else path)
+    if not path.exists():
+        raise WeightsError(f"no weights at {path}: {missing(path)}")
+    for teacher in (path / TEACHER, path.parent / TEACHER if path.suffix == ".pt" else path):
+        if teacher.is_file() and _is_teacher(teacher):
+            return load_teacher(teacher)
+    if path.is_dir() and (path / "config.json").is_file():
+        return _from_hugging_face_folder(path)
+    return _rebuild(published(read_tensors(path)), str(path))
+
+
+def _is_teacher(path: Path) -> bool:
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except SafetensorError:
+        return True  # let it be said why it cannot be read
+
+
+def _from_hugging_face_folder(path: Path) -> Backbone:
+    """DINOv2 becomes our own network, without the other library; everything else is left to it."""
+    config = json.loads((path / "config.json").read_text())
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    if config.get("model_type") not in ("dinov2", "dinov2_with_registers") or not files:
+        return open_hugging_face(str(path))
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    return _rebuild(published(tensors), str(path), num_heads=config.get("num_attention_heads"))
+
+
+def _rebuild(tensors: dict[str, Tensor], source: str, num_heads: int | None = None) -> Backbone:
+    architecture: dict[str, Any] = infer_architecture(tensors, source, num_heads)
+    net = VisionTransformer(**architecture)
+    load_strictly(net, tensors, source)
+    return _ready(net)
+
+
+def _ready(net: VisionTransformer) -> nn.Module:
+    net.mean, net.std = _IMAGENET["mean"], _IMAGENET["std"]
+    crop = max(net.patch_size, 224 // net.patch_size * net.patch_size)
+    net.view = (round(crop * 256 / 224), crop)
+    return net.eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from dinocomp.checkpoints.manifest import iteration_of
 from dinocomp.checkpoints.plain import load_plain
 from dinocomp.checkpoints.shapes import read_shares
 from dinocomp.errors import WeightsError
+from dinocomp.interop.formats import published
 from dinocomp.interop.names import published_name
 from dinocomp.interop.teacher import read_about
 from dinocomp.models import VisionTransformer
@@ -128,7 +129,7 @@ def load_backbone(net: VisionTransformer, path: str | Path) -> None:
     Raises:
         WeightsError: as `read_tensors` and `load_strictly`.
     """
-    tensors = _backbone_of(read_tensors(path))
+    tensors = published(read_tensors(path))
     if "pos_embed" in tensors:
         tensors["pos_embed"] = _fit_pos_embed(tensors["pos_embed"], net.pos_embed.shape[1], path)
     load_strictly(net, tensors, str(path))
@@ -142,14 +143,6 @@ def _fit_pos_embed(pos_embed: Tensor, length: int, path: str | Path) -> Tensor:
     log.info("position embeddings of %s: %d x %d patches resampled to %d x %d", path, have, have, want, want)
     patches = interpolate_pos_embed(pos_embed[:, 1:], (want, want), offset=0.0, antialias=True)
     return torch.cat([pos_embed[:, :1], patches], dim=1)
-
-
-def _backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in ("teacher_backbone.net.", "backbone."):
-        if any(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            break
-    return {published_name(name): tensor for name, tensor in tensors.items()}
 
 
 def load_run(
