@@ -58,6 +58,7 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
 def test_two_processes_are_one(tmp_path: Path, free_port: int, changes: dict) -> None:
     """Two ranks of 4 images train as one of 8: the same crops and masks, and the same terms but for rounding."""
     same = {"train__centering": "sinkhorn_knopp", "student__drop_path_rate": 0, "dino__koleo_loss_weight": 0, **changes}
+    same |= {"evaluation__label_free": "always", "evaluation__label_free_images": 21, "evaluation__label_free_views": 2}
     for number in (1, 2):
         # The learning rate follows the global batch, which is the same.
         settings = words(tmp_path / str(number), **same, train__batch_size_per_gpu=8 // number)
@@ -70,6 +71,9 @@ def test_two_processes_are_one(tmp_path: Path, free_port: int, changes: dict) ->
     last = [(tmp_path / n / "evaluation.jsonl").read_text().splitlines()[-1] for n in "12"]
     accuracies = [json.loads(line)["knn_top1"]["5"] for line in last]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.01), "rounding may turn an image or two"
+    one, two = (json.loads(line)["label_free"] for line in last)
+    assert one.pop("neighbour_consistency") == pytest.approx(two.pop("neighbour_consistency"), abs=0.05), "near ties"
+    assert one == pytest.approx(two, rel=1e-3)
 
 
 def test_colours_on_the_device(tmp_path: Path) -> None:
