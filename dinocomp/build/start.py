@@ -226,7 +226,7 @@ def _check_weights(config: Config) -> None:
 
 def _check_path(key: str, text: str) -> None:
     path = Path(text).expanduser()
-    if path.is_file() or has_state(path):
+    if path.is_file() or has_state(path) or (path / "config.json").is_file():
         return
     if "://" in text:
         what = "weights are read from a file. Download it and give its path"

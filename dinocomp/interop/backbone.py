@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dinocomp.checkpoints.folder import TEACHER
 from dinocomp.errors import WeightsError
 from dinocomp.hints import missing
+from dinocomp.interop.adapt import adapt
 from dinocomp.interop.foreign import open_hugging_face, open_timm
 from dinocomp.interop.formats import infer_architecture, published
 from dinocomp.interop.teacher import FORMAT, load_teacher
@@ -82,17 +83,14 @@ def _is_teacher(path: Path) -> bool:
 def _from_hugging_face_folder(path: Path) -> Backbone:
     """DINOv2 becomes our own network, without the other library; everything else is left to it."""
     config = json.loads((path / "config.json").read_text())
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-    if config.get("model_type") not in ("dinov2", "dinov2_with_registers") or not files:
+    if config.get("model_type") not in ("dinov2", "dinov2_with_registers"):
         return open_hugging_face(str(path))
-    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
-    return _rebuild(published(tensors), str(path), num_heads=config.get("num_attention_heads"))
+    return _rebuild(published(read_tensors(path)), str(path), num_heads=config.get("num_attention_heads"))
 
 
 def _rebuild(tensors: dict[str, Tensor], source: str, num_heads: int | None = None) -> Backbone:
-    architecture: dict[str, Any] = infer_architecture(tensors, source, num_heads)
-    net = VisionTransformer(**architecture)
-    load_strictly(net, tensors, source)
+    net = VisionTransformer(**infer_architecture(tensors, source, num_heads))
+    load_strictly(net, adapt(tensors, net).tensors, source)
     return _ready(net)
 
 

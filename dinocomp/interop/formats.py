@@ -45,9 +45,7 @@ def published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return _of_hugging_face(tensors)
     found = {published_name(name): tensor for name, tensor in tensors.items()}
     found = {name: tensor for name, tensor in found.items() if not name.startswith(_NOT_OF_THE_BACKBONE)}
-    if _is_timm(found):
-        found = _of_timm(found)
-    return found
+    return _of_timm(found)
 
 
 def _of_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -65,12 +63,6 @@ def _of_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _is_timm(found: Mapping[str, Tensor]) -> bool:
-    packed = any(name.endswith("mlp.fc1.weight") and _is_packed(name, found) for name in found)
-    # timm leaves the mask token out, and so do others: of a network without registers and SwiGLU nothing else differs.
-    return "reg_token" in found or packed or ("mask_token" not in found and "blocks.0.ls1.gamma" in found)
-
-
 def _is_packed(name: str, found: Mapping[str, Tensor]) -> bool:
     """Whether this first layer gives twice what the second takes: gate and value of SwiGLU."""
     second = found.get(name.replace("fc1", "fc2"))
@@ -78,6 +70,7 @@ def _is_packed(name: str, found: Mapping[str, Tensor]) -> bool:
 
 
 def _of_timm(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names for registers and SwiGLU, and its way with positions; published weights stay as they are."""
     renamed = {}
     packed = {n.rpartition("fc1")[0] for n in found if n.endswith("mlp.fc1.weight") and _is_packed(n, found)}
     for name, tensor in found.items():
@@ -85,12 +78,10 @@ def _of_timm(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if layer and layer[1] in packed:
             name = name.replace("fc1", "w12").replace("fc2", "w3")
         renamed[{"reg_token": "register_tokens"}.get(name, name)] = tensor
-    cls, pos = renamed.get("cls_token"), renamed.get("pos_embed")
-    if cls is None or pos is None:
-        return renamed
-    if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # the class token's position has been added to the token itself
+    pos = renamed.get("pos_embed")
+    # Where there is one for each patch of a square alone, the class token's has been added to the token itself.
+    if pos is not None and math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:
         renamed["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
-    renamed.setdefault("mask_token", torch.zeros_like(cls[0]))
     return renamed
 
 

@@ -1,11 +1,10 @@
 """Weights to start from: a teacher file, a checkpoint of a run, or a published backbone."""
 
 import logging
-import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,18 +14,20 @@ from dinocomp.checkpoints.manifest import iteration_of
 from dinocomp.checkpoints.plain import load_plain
 from dinocomp.checkpoints.shapes import read_shares
 from dinocomp.errors import WeightsError
+from dinocomp.interop.adapt import adapt
 from dinocomp.interop.formats import published
 from dinocomp.interop.names import published_name
 from dinocomp.interop.teacher import read_about
 from dinocomp.models import VisionTransformer
-from dinocomp.models.embeddings import interpolate_pos_embed
 
 log = logging.getLogger(__name__)
 
+_SHARE_OF_REFERENCE = re.compile(r"\.rank_\d+\.pth$")  # model_0003749.rank_0.pth
+
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pt or .pth file or a checkpoint's folder, by the names they have there. Nothing
-    in a file is executed.
+    """The tensors of a .safetensors, .pt, .pth or .bin file, of a checkpoint's folder or of one that Hugging Face's
+    `save_pretrained` wrote, by the names they have there. Nothing in a file is executed.
 
     Of a Composer checkpoint it is the model's tensors; of a file that nests them under ``teacher``, ``model`` or
     ``state_dict``, what is under it.
@@ -36,7 +37,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     path = check_file(path)
     if path.is_dir():
-        return read_shares(path)
+        files = _weights_of_folder(path)
+        return {n: t for file in files for n, t in read_tensors(file).items()} if files else read_shares(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -78,20 +80,34 @@ def read_iteration(path: str | Path) -> int:
 
 
 def check_file(path: str | Path) -> Path:
-    """`path` with ~ expanded; of a checkpoint's folder, the file in it that holds the weights, or itself if each rank
-    has written a share of them.
+    """`path` with ~ expanded; of a checkpoint's folder, the file in it that holds the weights, or itself if they are in
+    several.
 
     Raises:
-        WeightsError: there is no file.
+        WeightsError: there is no file, or it is a share of the reference's.
     """
     path = Path(path).expanduser()
+    if _SHARE_OF_REFERENCE.search(path.name):
+        raise WeightsError(
+            f"{path} is one process's share of a sharded checkpoint of the reference, and of no use without the same "
+            "torch, code and number of processes. Give the teacher that the reference writes beside it, "
+            "eval/training_N/teacher_checkpoint.pth; if there is none, its train.py writes one from the shares with "
+            "--eval-only, on as many processes as trained"
+        )
     if (path / STATE).is_file():
         return path / STATE
-    if has_state(path):
+    if has_state(path) or _weights_of_folder(path):
         return path
     if not path.is_file():
         raise WeightsError(f"no file of weights at {path}")
     return path
+
+
+def _weights_of_folder(path: Path) -> list[Path]:
+    """The files of weights in a folder that Hugging Face's `save_pretrained` wrote; none in others."""
+    if not (path / "config.json").is_file():
+        return []
+    return sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
 
 
 def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -121,28 +137,24 @@ def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
 
 
 def load_backbone(net: VisionTransformer, path: str | Path) -> None:
-    """Weights of a backbone, published or of a run (then its teacher's), into `net`.
+    """Weights of a backbone into `net`, whoever wrote them (see `published`); of a run they are its teacher's.
 
-    Position embeddings of another square grid (published weights have 37 x 37) are resampled to the network's, and a
-    message says so.
+    Position embeddings of another square grid and a projection of other patches are resampled (see `adapt`). A message
+    says what was taken, resampled, and left as it starts.
 
     Raises:
         WeightsError: as `read_tensors` and `load_strictly`.
     """
-    tensors = published(read_tensors(path))
-    if "pos_embed" in tensors:
-        tensors["pos_embed"] = _fit_pos_embed(tensors["pos_embed"], net.pos_embed.shape[1], path)
-    load_strictly(net, tensors, str(path))
-
-
-def _fit_pos_embed(pos_embed: Tensor, length: int, path: str | Path) -> Tensor:
-    """[1, 1 + M * M, D] -> [1, length, D], where both are a class token and a square grid; else as it is."""
-    have, want = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(length - 1)
-    if have == want or have * have != pos_embed.shape[1] - 1 or want * want != length - 1:
-        return pos_embed
-    log.info("position embeddings of %s: %d x %d patches resampled to %d x %d", path, have, have, want, want)
-    patches = interpolate_pos_embed(pos_embed[:, 1:], (want, want), offset=0.0, antialias=True)
-    return torch.cat([pos_embed[:, :1], patches], dim=1)
+    adapted = adapt(published(read_tensors(path)), net)
+    load_strictly(net, adapted.tensors, str(path))
+    taken = len(adapted.tensors) - len(adapted.fresh)
+    log.info(
+        "the backbone of %s: %d tensors%s%s",
+        path,
+        taken,
+        f"; resampled: {', '.join(adapted.changed)}" if adapted.changed else ", all as they are",
+        f"; not in the file, and fresh: {', '.join(adapted.fresh)}" if adapted.fresh else "",
+    )
 
 
 def load_run(

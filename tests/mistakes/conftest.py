@@ -77,6 +77,7 @@ def _weights() -> None:
     torch.save({"state_dict": Touch()}, "evil.pth")
     torch.save({"weight": torch.zeros(2)}, "other.pth")
     Path("text.pth").write_text("hello")
+    Path("model_0003749.rank_0.pth").write_bytes(b"share")
     Path("empty.pth").write_bytes(b"")
     shutil.copy("run/teacher.safetensors", "cut.safetensors")
     os.truncate("cut.safetensors", 40_000)

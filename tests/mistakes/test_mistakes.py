@@ -234,6 +234,7 @@ ROWS = [
     ("train tiny.yaml MODEL.WEIGHTS=othre.pth", "MODEL.WEIGHTS=othre.pth", "Did you mean other.pth or"),
     ("train tiny.yaml MODEL.WEIGHTS=run", "this is a folder", "such as MODEL.WEIGHTS=run/teacher.safetensors"),
     ("train tiny.yaml MODEL.WEIGHTS=https://a.b/c.pth", "MODEL.WEIGHTS=https://a.b/c.pth", "Download it"),
+    ("train tiny.yaml MODEL.WEIGHTS=model_0003749.rank_0.pth", "one process's share", "teacher_checkpoint.pth"),
     ("train tiny.yaml MODEL.WEIGHTS=text.pth", "text.pth is no file of weights", "give a .safetensors file"),
     ("train tiny.yaml MODEL.WEIGHTS=empty.pth", "empty.pth is damaged or cut short (0 bytes)", "copy it again"),
     ("train tiny.yaml MODEL.WEIGHTS=cut.safetensors", "cut.safetensors is damaged or cut short", "copy it again"),
@@ -245,9 +246,9 @@ ROWS = [
         "Set student.arch",
     ),
     (
-        "train tiny.yaml student.pretrained_weights=run/teacher.safetensors student.patch_size=8",
-        "patch_embed.proj.weight is [24, 3, 4, 4]",
-        "Set student.arch, patch_size",
+        "train tiny.yaml student.pretrained_weights=run/teacher.safetensors student.num_register_tokens=2",
+        "missing: register_tokens",
+        "Set student.arch, patch_size, num_register_tokens",
     ),
     ("train tiny.yaml student.pretrained_weights=dinov2_vits14", "dinov2_vits14 does not exist", "give the path"),
     # The other commands
