@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 
@@ -13,6 +14,7 @@ class Multipliers(NamedTuple):
     lr: float
     weight_decay: float
     is_last_layer: bool
+    is_backbone: bool
 
 
 def multipliers(
@@ -33,7 +35,7 @@ def multipliers(
     if name.startswith("patch_embed."):
         lr *= patch_embed_lr_mult
     decays = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
-    return Multipliers(lr, float(decays), "last_layer" in name)
+    return Multipliers(lr, float(decays), "last_layer" in name, bool(num_blocks))
 
 
 def parameter_groups(
@@ -57,3 +59,17 @@ def parameter_groups(
                 )
                 groups.setdefault(key, []).append(parameter)
     return groups
+
+
+def begin_averages(optimizer: torch.optim.AdamW) -> None:
+    """Gives the optimizer what it would begin with at a parameter's first gradient, of those that had none yet.
+
+    A checkpoint is only loaded by an optimizer that knows all its parameters.
+    """
+    for group in optimizer.param_groups:
+        on_device = group["fused"] or group["capturable"]
+        for parameter in group["params"]:
+            if parameter not in optimizer.state:
+                step = torch.zeros((), device=parameter.device if on_device else None)
+                averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": step, **averages}

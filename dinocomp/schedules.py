@@ -25,6 +25,7 @@ class Values:
 
     lr: float
     last_layer_lr: float
+    backbone_lr: float
     weight_decay: float
     momentum: float
     teacher_temp: float
@@ -38,6 +39,8 @@ class Schedules:
         total: iterations of the run.
         lr, min_lr, warmup: peak and final learning rate, and the iterations of its linear warm-up from 0.
         freeze_last_layer: iterations in which the heads' last layers have learning rate 0.
+        freeze_backbone: iterations in which the backbone is left as it is. Its learning rate then rises to that of the
+            heads in as many iterations as their warm-up.
         weight_decay, weight_decay_end: cosine from one to the other.
         momentum, momentum_end: of the teacher's moving average, cosine from one to the other.
         teacher_temp, warmup_teacher_temp, teacher_temp_warmup: linear from the second to the first, then constant.
@@ -55,14 +58,18 @@ class Schedules:
     teacher_temp: float
     warmup_teacher_temp: float
     teacher_temp_warmup: int
+    freeze_backbone: int = 0
 
     def at(self, iteration: int) -> Values:
         """The values that `iteration` uses."""
         lr = cosine(iteration, self.lr, self.min_lr, self.total, warmup=self.warmup)
         warmup_temp = self.teacher_temp_warmup
+        thawed = iteration - self.freeze_backbone
+        rise = min(1.0, thawed / max(self.warmup, 1)) if self.freeze_backbone else 1.0
         return Values(
             lr=lr,
             last_layer_lr=0.0 if iteration < self.freeze_last_layer else lr,
+            backbone_lr=lr * max(0.0, rise),
             weight_decay=cosine(iteration, self.weight_decay, self.weight_decay_end, self.total),
             momentum=cosine(iteration, self.momentum, self.momentum_end, self.total),
             teacher_temp=cosine(

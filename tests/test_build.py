@@ -49,7 +49,7 @@ def test_optimizer_holds_the_student_once() -> None:
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for n, p in model.named_parameters() if n.startswith("student_")}
     assert len(held) == len({id(p) for p in held})
-    assert len(multipliers) == len(optimizer.param_groups) and Multipliers(1.0, 1.0, True) in multipliers
+    assert len(multipliers) == len(optimizer.param_groups) and Multipliers(1.0, 1.0, True, False) in multipliers
     assert optimizer.defaults["betas"] == (0.9, 0.999)
 
 

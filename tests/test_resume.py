@@ -33,7 +33,7 @@ def open_run(output: Path, **changes) -> Run:
         (0, {"train__centering": "centering"}),
         (2, {"train__centering": "centering"}),
         (0, {"train__centering": "sinkhorn_knopp"}),
-        (2, {"train__centering": "sinkhorn_knopp"}),
+        (2, {"train__centering": "sinkhorn_knopp", "optim__freeze_backbone_epochs": 1}),
         (2, {"train__centering": "sinkhorn_knopp", "performance__device_augment": "true", "train__microbatch_size": 4}),
         (0, {"train__centering": "centering", **CURRICULUM, "curriculum__fraction": 0.42}),
         (2, {"train__centering": "sinkhorn_knopp", **CURRICULUM, "train__microbatch_size": 4}),

@@ -18,6 +18,7 @@ from dinocomp.callbacks import (
     ClipGradients,
     CollectGarbage,
     FirstBatchPicture,
+    FreezeBackbone,
     Metrics,
     MicroBatches,
     OnlineEvaluation,
@@ -42,6 +43,7 @@ class Callbacks:
 
     random_state: RestoreRandomState
     schedules: ApplySchedules
+    freeze: FreezeBackbone
     picture: FirstBatchPicture
     bad_images: BadImages
     micro_batches: MicroBatches
@@ -100,6 +102,7 @@ def build_callbacks(
     return Callbacks(
         random_state=RestoreRandomState(),
         schedules=ApplySchedules(model, schedules, multipliers),
+        freeze=FreezeBackbone(model, schedules.freeze_backbone),
         picture=FirstBatchPicture(output / "pictures" / "first_batch.png", build_colours(config)),
         bad_images=bad_images,
         micro_batches=MicroBatches(model, graphs=config.performance.cuda_graphs),

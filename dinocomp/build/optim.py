@@ -17,6 +17,7 @@ def build_schedules(config: Config, world_size: int) -> Schedules:
         min_lr=optim.min_lr,
         warmup=optim.warmup_epochs * epoch,
         freeze_last_layer=optim.freeze_last_layer_epochs * epoch,
+        freeze_backbone=optim.freeze_backbone_epochs * epoch,
         weight_decay=optim.weight_decay,
         weight_decay_end=optim.weight_decay_end,
         momentum=teacher.momentum_teacher,

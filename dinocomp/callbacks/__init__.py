@@ -5,6 +5,7 @@ from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.callbacks.checkpoints import Checkpoints
 from dinocomp.callbacks.clip import ClipGradients
 from dinocomp.callbacks.evaluation import OnlineEvaluation
+from dinocomp.callbacks.freeze import FreezeBackbone
 from dinocomp.callbacks.garbage import CollectGarbage
 from dinocomp.callbacks.metrics import Metrics
 from dinocomp.callbacks.micro_batches import MicroBatches
@@ -21,6 +22,7 @@ __all__ = [
     "ClipGradients",
     "CollectGarbage",
     "FirstBatchPicture",
+    "FreezeBackbone",
     "Metrics",
     "MicroBatches",
     "OnlineEvaluation",

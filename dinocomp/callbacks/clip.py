@@ -24,7 +24,12 @@ class ClipGradients(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         limit = self.max_norm or float("inf")
-        self.norms = {name: _clip(shell, limit) for name, shell in self.model.shells("student").items()}
+        self.norms = {name: self._clip(name, shell, limit) for name, shell in self.model.shells("student").items()}
+
+    def _clip(self, name: str, shell: nn.Module, limit: float) -> Tensor:
+        if name == "backbone" and self.model.frozen_backbone:
+            return next(iter(self.model.terms.values())).new_zeros(())  # it has no gradients to take a norm of
+        return _clip(shell, limit)
 
 
 def _clip(network: nn.Module, limit: float) -> Tensor:

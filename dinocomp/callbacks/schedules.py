@@ -26,7 +26,8 @@ class ApplySchedules(Callback):
         values = self.schedules.at(int(state.timestamp.batch))
         # Read anew each time: sharding replaces the groups' dicts, and loading a checkpoint overwrites their values.
         for group, factor in zip(state.optimizers[0].param_groups, self.multipliers, strict=True):
-            group["lr"] = factor.lr * (values.last_layer_lr if factor.is_last_layer else values.lr)
+            lr = values.backbone_lr if factor.is_backbone else values.lr
+            group["lr"] = factor.lr * (values.last_layer_lr if factor.is_last_layer else lr)
             group["weight_decay"] = factor.weight_decay * values.weight_decay
         self.model.teacher_temp = values.teacher_temp
         self.model.momentum = values.momentum

@@ -213,6 +213,12 @@ class Optim:
         3.0, "largest gradient norm, for backbone and each head separately (0 = no clipping)", minimum=0
     )
     freeze_last_layer_epochs: int = key(1, "the heads' last layer stays still this long (official epochs)", minimum=0)
+    freeze_backbone_epochs: int = key(
+        0,
+        "the student's backbone stays as it starts this long, and its learning rate then warms up as the heads' did "
+        "(official epochs; for pretrained weights)",
+        minimum=0,
+    )
     scaling_rule: str = key(
         "sqrt_wrt_1024", "peak learning rate = base_lr * sqrt(images an iteration / 1024)", choices=("sqrt_wrt_1024",)
     )

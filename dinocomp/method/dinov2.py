@@ -81,6 +81,7 @@ class DINOv2(ComposerModel):
         terms: the weighted loss terms of the last batch on this rank, of all its micro-batches, detached; their sum is
             the total.
         measuring: whether forward passes also collect what `gauges` needs.
+        frozen_backbone: whether the student's backbone is left as it is: its heads alone have gradients.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class DINOv2(ComposerModel):
         self.momentum: float | None = None
         self.terms: dict[str, Tensor] = {}
         self.measuring = False
+        self.frozen_backbone = False
         self._gauges = TeacherGauges()
         self._parts: deque[Part] = deque()  # of the micro-batches to come
 
@@ -206,7 +208,8 @@ class DINOv2(ComposerModel):
             student_masks.append(None)
             kept.append(None)
             patches.append(None)
-        rows: list[Rows] = self.student_backbone(student_crops, student_masks, kept, patches)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_backbone):
+            rows: list[Rows] = self.student_backbone(student_crops, student_masks, kept, patches)
 
         cls_rows = torch.cat([r.cls for r in rows]) if self.weights.dino else None  # [(2 + L) * B, D]
         cls_logits, patch_logits = self._project("student", cls_rows, rows[0].patches if masked else None)
