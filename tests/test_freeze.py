@@ -9,6 +9,7 @@ from composer.utils import dist, get_device
 
 from dinocomp.build import build_run, check_start
 from dinocomp.config import load_config
+from dinocomp.evaluate.online import read_evaluations
 from dinocomp.train import main
 
 from . import processes
@@ -96,3 +97,21 @@ def test_a_sharded_run_stopped_while_it_is_frozen_goes_on(tmp_path: Path, free_p
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         for name in (name for name in a if name.startswith(("loss/", "grad_norm/"))):
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-9), (a["iteration"], name)
+
+
+@pytest.mark.slow
+def test_good_weights_stay_good(tmp_path: Path) -> None:
+    """The quickstart, shortened, and `from_pretrained` on its teacher: accuracy never falls by more than a point."""
+    settings = [
+        *("evaluation.budget=1", "evaluation.pictures=false", "loggers.report=false", "train.num_workers=0"),
+        "train.device=cpu",
+    ]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["quickstart", *settings, "optim.epochs=4", f"train.output_dir={first}"]) == 0
+    go_on = ["recipes=[from_pretrained]", f"student.pretrained_weights={first / 'teacher.safetensors'}"]
+    go_on += ["optim.epochs=2", "evaluation.eval_period_iterations=50", f"train.output_dir={second}"]
+    assert main(["quickstart", *go_on, *settings]) == 0
+    before, after = (read_evaluations(output / "evaluation.jsonl") for output in (first, second))
+    assert before[200].score > before[0].score + 0.2, "they are good"
+    assert after[0].score == pytest.approx(before[200].score, abs=1e-9)
+    assert sorted(after) == [0, 50, 100] and min(found.score for found in after.values()) > after[0].score - 0.01

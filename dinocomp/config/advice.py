@@ -126,9 +126,21 @@ def _schedules(config: Config, world_size: int) -> Iterator[Advice]:
             f"the run has {epochs}: {config.teacher.teacher_temp:g} is never reached",
             f"type teacher.warmup_teacher_temp_epochs={epochs * 3 // 10}",
         )
+    from_weights = config.MODEL.WEIGHTS or config.student.pretrained_weights
+    frozen = config.optim.freeze_backbone_epochs
+    if frozen and not from_weights:
+        yield Advice(
+            f"optim.freeze_backbone_epochs={frozen}: the backbone stays at its random start that long",
+            "give student.pretrained_weights=PATH, or type optim.freeze_backbone_epochs=0",
+        )
+    elif frozen >= epochs:
+        yield Advice(
+            f"optim.freeze_backbone_epochs={frozen} of {epochs} official epochs: the backbone never learns",
+            "type optim.freeze_backbone_epochs=1, or raise optim.epochs",
+        )
     momentum = config.teacher.momentum_teacher
     lower = round(max(1 - 20 / iterations, 0.5), 3)
-    if momentum < 1 and 1 / (1 - momentum) > iterations / 4:
+    if momentum < 1 and 1 / (1 - momentum) > iterations / 4 and not from_weights:
         yield Advice(
             f"teacher.momentum_teacher={momentum:g} averages over {1 / (1 - momentum):,.0f} iterations of a run of "
             f"{iterations:,}: the teacher stays near its random start",

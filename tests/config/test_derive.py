@@ -152,6 +152,8 @@ def test_a_sound_run_is_not_warned_about() -> None:
     assert warnings(load_config("vitl16_short").config, 32, 1_281_167) == []
     assert warnings(load_config("vitl14").config, 96, 14_197_087) == []
     assert warnings(load_config("imagenet100").config, 1, 126_689) == []
+    going_on = load_config("quickstart", ["recipes=[from_pretrained]", "student.pretrained_weights=a"]).config
+    assert not any("start" in advice.what for advice in warnings(going_on, 1, 100_000))
     few = warnings(load_config("quickstart").config, 1, 1437)
     assert [advice.remedy for advice in few] == ["trust the k-NN accuracy on held-out images, not the loss"]
 
@@ -171,6 +173,8 @@ def test_a_sound_run_is_not_warned_about() -> None:
         (["optim.freeze_last_layer_epochs=100"], None, "never learns", "freeze_last_layer_epochs=0"),
         (["optim.epochs=20"], None, "is never reached", "teacher.warmup_teacher_temp_epochs=6"),
         (["train.OFFICIAL_EPOCH_LENGTH=1"], None, "random start", "teacher.momentum_teacher=0.8"),
+        (["optim.freeze_backbone_epochs=1"], None, "at its random start", "student.pretrained_weights"),
+        (["optim.freeze_backbone_epochs=99", "MODEL.WEIGHTS=a", "optim.epochs=99"], None, "never learns", "epochs=1,"),
         (["teacher.momentum_teacher=1"], None, "never leaves", "teacher.momentum_teacher=0.992"),
         (["teacher.final_momentum_teacher=0.9"], None, "ever more closely", "final_momentum_teacher=1.0"),
         (["optim.lr=1e-7"], None, "above the peak", "optim.min_lr=1e-10"),
