@@ -1,0 +1,150 @@
+"""A run's numbers over its iterations, on one sheet."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from dinocomp.pictures.canvas import INK, LETTERS, PALETTE, WIDTH, drawn, figure, points, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_DASHES = ("-", "--", "-.", ":")
+_MOST = 300  # points of a curve; of more, the means of as many stretches are drawn
+_PANEL = 330  # pixels, height
+
+Curves = dict[str, tuple[list[float], list[float]]]  # name -> iterations, values
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file with one JSON object a line; lines that were cut short are left out. None is no line."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "iteration" in record:
+            found.append(record)
+    return found
+
+
+def curves_picture(metrics: Sequence[Mapping], evaluation: Sequence[Mapping], *, width: int = WIDTH) -> Image.Image:
+    """Losses, accuracies and measures without labels, schedules, and gauges of collapse, each if it is there.
+
+    Args:
+        metrics: the lines of metrics.jsonl.
+        evaluation: the lines of evaluation.jsonl.
+    """
+    panels = [(title, curves, settings) for title, curves, settings in _panels(metrics, evaluation) if curves]
+    plot = figure(_PANEL * max(1, len(panels)) + 60, width)
+    plot.suptitle("The run so far", fontsize=points(26), color=INK, fontweight="bold", x=0.02, ha="left")
+    if not panels:
+        plot.text(0.02, 0.5, "no numbers yet", fontsize=points(LETTERS), color=INK)
+        return drawn(plot)
+    last = max(x for _, curves, _ in panels for xs, _ in curves.values() for x in xs)
+    for axes, (title, curves, settings) in zip(plot.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        _draw(axes, curves)
+        tidy(axes, title)
+        axes.set(**{"xlim": (0, max(last, 1)), **settings})
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(
+            handles,
+            labels,
+            fontsize=points(17),
+            frameon=False,
+            labelcolor=INK,
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.06),
+            handlelength=1.2,
+            borderaxespad=0.2,
+        )
+        axes.xaxis.set_major_locator(_few_ticks())
+    axes.set_xlabel("iteration")
+    return drawn(plot)
+
+
+def _few_ticks():
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(5, integer=True)
+
+
+def _panels(metrics: Sequence[Mapping], evaluation: Sequence[Mapping]) -> Iterable[tuple[str, Curves, dict]]:
+    losses = {"sum": "loss/total"} | {
+        name.removeprefix("loss/"): name for line in metrics[:1] for name in line if name.startswith("loss/")
+    }
+    losses.pop("total", None)
+    yield "loss", _read(metrics, losses), {}
+    yield "k-NN accuracy (%)", _accuracies(evaluation), {}
+    free: Curves = {}
+    for name in sorted({name for line in evaluation for name in line.get("label_free") or {}}):
+        free[name] = _pairs(evaluation, lambda line, name=name: (line.get("label_free") or {}).get(name))
+    shares = {name: curve for name, curve in free.items() if max(curve[1], default=0) <= 1}
+    ranks = {name: curve for name, curve in free.items() if name not in shares}
+    yield "without labels: dimensions in use", ranks, {"ylim": (0, None)}
+    yield "without labels: shares", shares, {}
+    yield "learning rate", _read(metrics, {"lr": "lr"}), {"ylim": (0, None)}
+    yield "teacher momentum", _read(metrics, {"momentum": "momentum"}), {}
+    gauges = {name.removeprefix("teacher/"): name for line in metrics[:1] for name in line if name.startswith("teacher/")}
+    gauges = {name.replace("_", " "): key for name, key in gauges.items()}
+    for title, start, settings in (
+        ("spread of features (0 is collapse)", "feature std", {"ylim": (0, None)}),
+        ("entropy of targets (nats)", "entropy", {"ylim": (0, None)}),
+        ("prototypes in effect", "prototypes", {"ylim": (0, None)}),
+    ):
+        yield title, _read(metrics, {name: key for name, key in gauges.items() if name.startswith(start)}), settings
+
+
+def _accuracies(evaluation: Sequence[Mapping]) -> Curves:
+    ks = sorted({k for line in evaluation for k in line.get("knn_top1") or {}}, key=int)
+    return {
+        f"k={k}": _pairs(evaluation, lambda line, k=k: _percent((line.get("knn_top1") or {}).get(k))) for k in ks
+    }
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _read(lines: Sequence[Mapping], names: Mapping[str, str]) -> Curves:
+    curves = {shown: _pairs(lines, lambda line, name=name: line.get(name)) for shown, name in names.items()}
+    return {name: curve for name, curve in curves.items() if curve[0]}
+
+
+def _pairs(lines: Sequence[Mapping], value_of) -> tuple[list[float], list[float]]:
+    """Iterations and values; NaN, which JSON knows as null, breaks the line."""
+    pairs = [(line["iteration"], value_of(line)) for line in lines]
+    if all(value is None for _, value in pairs):
+        return [], []
+    return [x for x, _ in pairs], [math.nan if value is None else float(value) for _, value in pairs]
+
+
+def _draw(axes: Axes, curves: Curves) -> None:
+    for i, (name, (xs, ys)) in enumerate(curves.items()):
+        x, y = np.asarray(xs, float), np.asarray(ys, float)
+        if len(x) > _MOST:
+            parts = np.array_split(np.arange(len(x)), _MOST)
+            x, y = (np.array([_mean(values[part]) for part in parts]) for values in (x, y))
+        axes.plot(
+            x,
+            y,
+            color=PALETTE[i % len(PALETTE)],
+            linestyle=_DASHES[i // len(PALETTE) % len(_DASHES)],
+            linewidth=2.5,
+            marker="o" if len(x) < 40 else None,
+            markersize=7,
+            label=name,
+        )
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
