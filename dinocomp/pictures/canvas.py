@@ -135,14 +135,14 @@ def wall(rows: Sequence[Sequence[Tile]], gaps: Sequence[int], *, width: int = WI
 
 
 def blocks(rows: Sequence[tuple[Sequence[Image.Image], Sequence[Image.Image]]], *, width: int = WIDTH) -> Image.Image:
-    """Rows of large squares, and behind them small ones in two or three lines, as a body for a page of that width.
+    """Rows of large squares, and behind them small ones in up to three lines, as a body for a page of that width.
 
     Args:
         rows: large and small pictures; of each the same number in every row.
     """
     gap, between = 5, 14
     large_count, small_count = (len(pictures) for pictures in rows[0])
-    lines = 1 if small_count < 3 else 2 if small_count <= 16 else 3
+    lines = 1 if small_count < 6 else 2 if small_count <= 16 else 3
     columns = -(-small_count // lines)
     # A large square is as high as `lines` small ones.
     gaps = gap * (large_count + columns - 1 + large_count * (lines - 1))
@@ -160,10 +160,10 @@ def blocks(rows: Sequence[tuple[Sequence[Image.Image], Sequence[Image.Image]]], 
 
 
 def figure(height: float, width: int = WIDTH) -> Figure:
-    """An empty matplotlib figure of so many pixels, without pyplot, which would keep it."""
+    """An empty matplotlib figure, as a body for a page of that width; without pyplot, which would keep it."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor=PAPER, layout="constrained")
+    return Figure(figsize=((width - 2 * MARGIN) / _DPI, height / _DPI), dpi=_DPI, facecolor=PAPER, layout="constrained")
 
 
 def points(pixels: float) -> float:
@@ -173,7 +173,8 @@ def points(pixels: float) -> float:
 
 def tidy(axes: Axes, title: str) -> None:
     """Letters that can be read on a phone, and no more lines than are needed."""
-    axes.set_title(title, loc="left", fontsize=points(22), color=INK, fontweight="bold")
+    if title:
+        axes.set_title(title, loc="left", fontsize=points(22), color=INK, fontweight="bold")
     axes.tick_params(labelsize=points(LETTERS), colors=PALE, length=4)
     axes.grid(True, color="#e6e8ee", linewidth=1)
     axes.set_axisbelow(True)
@@ -198,7 +199,7 @@ def png(picture: Image.Image, limit: int = 600_000) -> bytes:
     """A picture as a PNG of at most `limit` bytes: one that needs more is shrunk, as far as it takes."""
     while True:
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG", optimize=True)
+        picture.save(buffer, "PNG")
         if buffer.tell() <= limit or min(picture.size) < 64:
             return buffer.getvalue()
         shrink = 0.97 * (limit / buffer.tell()) ** 0.5

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dinocomp.pictures.canvas import INK, LETTERS, PALETTE, WIDTH, drawn, figure, points, tidy
+from dinocomp.pictures.canvas import INK, PALETTE, WIDTH, drawn, figure, page, points, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DASHES = ("-", "--", "-.", ":")
 _MOST = 300  # points of a curve; of more, the means of as many stretches are drawn
-_PANEL = 330  # pixels, height
+_PANEL = 265  # pixels, height
+_SMALL = 18  # pixels, letters
 
 Curves = dict[str, tuple[list[float], list[float]]]  # name -> iterations, values
 
@@ -43,38 +44,55 @@ def curves_picture(metrics: Sequence[Mapping], evaluation: Sequence[Mapping], *,
         metrics: the lines of metrics.jsonl.
         evaluation: the lines of evaluation.jsonl.
     """
-    panels = [(title, curves, settings) for title, curves, settings in _panels(metrics, evaluation) if curves]
-    plot = figure(_PANEL * max(1, len(panels)) + 60, width)
-    plot.suptitle("The run so far", fontsize=points(26), color=INK, fontweight="bold", x=0.02, ha="left")
-    if not panels:
-        plot.text(0.02, 0.5, "no numbers yet", fontsize=points(LETTERS), color=INK)
-        return drawn(plot)
-    last = max(x for _, curves, _ in panels for xs, _ in curves.values() for x in xs)
-    for axes, (title, curves, settings) in zip(plot.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-        _draw(axes, curves)
-        tidy(axes, title)
-        axes.set(**{"xlim": (0, max(last, 1)), **settings})
-        handles, labels = axes.get_legend_handles_labels()
-        axes.legend(
-            handles,
-            labels,
-            fontsize=points(17),
-            frameon=False,
-            labelcolor=INK,
-            loc="upper left",
-            bbox_to_anchor=(1.0, 1.06),
-            handlelength=1.2,
-            borderaxespad=0.2,
-        )
-        axes.xaxis.set_major_locator(_few_ticks())
-    axes.set_xlabel("iteration")
-    return drawn(plot)
-
-
-def _few_ticks():
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(5, integer=True)
+    panels = [(title, curves, settings) for title, curves, settings in _panels(metrics, evaluation) if curves]
+    plot = figure(_PANEL * max(1, len(panels)) + 30, width)
+    if not panels:
+        return page("The run so far", "No numbers yet.", drawn(plot))
+    last = max(x for _, curves, _ in panels for xs, _ in curves.values() for x in xs)
+    grid = plot.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (title, curves, settings) in zip(grid, panels, strict=True):
+        _draw(axes, curves)
+        tidy(axes, "")
+        axes.set(**{"xlim": (0, max(last, 1)), **settings})
+        rows = 0
+        if len(curves) > 1:  # in lines between title and axes, where it covers nothing
+            columns = min(len(curves), max(1, 56 // (4 + max(map(len, curves)))))
+            rows = -(-len(curves) // columns)
+            axes.legend(
+                fontsize=points(_SMALL),
+                frameon=False,
+                labelcolor=INK,
+                loc="lower left",
+                bbox_to_anchor=(0, 1.0),
+                ncols=columns,
+                handlelength=1.4,
+                handletextpad=0.4,
+                columnspacing=1.2,
+                borderaxespad=0,
+                borderpad=0.2,
+            )
+        axes.set_title(
+            title, loc="left", fontsize=points(22), color=INK, fontweight="bold", pad=points(8 + 27 * rows), y=1.0
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    grid[-1].set_xlabel("iteration")
+    return page("The run so far", _summary(metrics, evaluation), drawn(plot))
+
+
+def _summary(metrics: Sequence[Mapping], evaluation: Sequence[Mapping]) -> str:
+    """The last numbers, in words."""
+    words = []
+    if metrics:
+        total = metrics[-1].get("loss/total")
+        words.append(f"Iteration {metrics[-1]['iteration']:,}" + (f", loss {total:.3f}" if total is not None else ""))
+    scored = [(max(line["knn_top1"].values()), line["iteration"]) for line in evaluation if line.get("knn_top1")]
+    if scored:
+        best, where = max(scored)
+        words.append(f"k-NN {scored[-1][0]:.1%}, at best {best:.1%} (iteration {where:,})")
+    return "; ".join(words) + "." if words else ""
 
 
 def _panels(metrics: Sequence[Mapping], evaluation: Sequence[Mapping]) -> Iterable[tuple[str, Curves, dict]]:

@@ -17,6 +17,7 @@ from dinocomp.pictures.pca import pca_picture
 from dinocomp.pictures.prototypes import Usage, prototypes_picture
 
 THUMBNAIL = 128  # pixels
+_ATTENTION = 6  # images, a row each
 
 
 @dataclass
@@ -69,7 +70,7 @@ def makers(looks: Looks, *, width: int) -> dict[str, Callable[[], Image.Image]]:
     found = {"pca": lambda: pca_picture(looks.views, looks.patches, looks.grid, width=width)}
     if looks.attention is not None:
         found["attention"] = lambda: attention_picture(
-            looks.views, looks.attention, looks.grid, prefix=looks.prefix, width=width
+            looks.views[:_ATTENTION], looks.attention[:_ATTENTION], looks.grid, prefix=looks.prefix, width=width
         )
     if len(looks.vectors) > 1:
         found["neighbours"] = lambda: neighbours_picture(*few, width=width)

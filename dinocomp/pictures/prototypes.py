@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinocomp.pictures.canvas import INK, LETTERS, PALE, PALETTE, WIDTH, drawn, figure, points, tidy
+from dinocomp.pictures.canvas import INK, LETTERS, PALE, PALETTE, WIDTH, drawn, figure, page, points, tidy
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,30 @@ def prototypes_picture(usage: Usage, *, note: str = "", width: int = WIDTH) -> I
     Args:
         note: a sentence to add to the text.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     number = len(usage.picked)
     rank = torch.arange(1, number + 1)
-    mean = (usage.probability / usage.images).sort(descending=True).values  # [K]
-    picked = usage.picked.sort(descending=True).values / usage.images  # [K]
+    mean = (usage.probability / usage.images).sort(descending=True).values * number  # [K], 1 is an equal share
+    picked = usage.picked.sort(descending=True).values / usage.images * number  # [K]
     used = picked > 0
-    plot = figure(560, width)
+    plot = figure(520, width)
     axes = plot.add_subplot()
-    axes.plot(rank, mean, color=PALETTE[0], linewidth=3, label="mean probability")
-    axes.plot(rank[used], picked[used], color=PALETTE[1], linewidth=2.5, linestyle=":", label="share as the first choice")
-    axes.axhline(1 / number, color=PALE, linewidth=2, linestyle="--", label=f"all {number:,} alike")
-    axes.set(xscale="log", yscale="log", xlabel="prototype, the most used first", ylabel="share")
+    axes.axhline(1, color=PALE, linewidth=2, linestyle="--", label="equal shares")
+    axes.plot(rank, mean, color=PALETTE[0], linewidth=3.5, label="probability, on average")
+    axes.plot(rank[used], picked[used], color=PALETTE[1], linewidth=3, linestyle=":", label="images whose first choice it is")
+    axes.set(xscale="log", yscale="log", xlabel="prototypes, the most used first", ylabel="share, in equal shares")
     # What nothing is given to, at 1e-30 say, would leave no room for the rest.
-    axes.set_ylim(bottom=max(float(mean.min()), 1e-3 / number) / 2)
+    axes.set_ylim(bottom=min(0.5, max(float(mean.min()), 1e-3)) / 1.5)
     tidy(axes, "")
+    decades = float(axes.get_ylim()[1] / axes.get_ylim()[0])
+    for axis, subs in ((axes.xaxis, (1,)), (axes.yaxis, (1, 2, 5) if decades < 300 else (1,))):
+        axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_locator(NullLocator())
     axes.legend(fontsize=points(LETTERS), frameon=False, labelcolor=INK, loc="lower left")
-    plot.suptitle("How prototypes are used", fontsize=points(26), color=INK, fontweight="bold", x=0.025, ha="left")
-    share = f"{usage.effective:,.1f} of {number:,} in effect (exp of the entropy)"
-    text = f"{share}; {usage.unpicked:,} are no image's first choice, of {usage.images:,} images."
-    axes.set_title(_folded(f"{text} {note}", 62), loc="left", fontsize=points(LETTERS), color=PALE)
-    return drawn(plot)
-
-
-def _folded(text: str, letters: int) -> str:
-    import textwrap
-
-    return textwrap.fill(text.strip(), letters)
+    text = (
+        f"{usage.effective:,.1f} of {number:,} in effect (exp of the entropy of the mean probability); "
+        f"{usage.unpicked:,} are the first choice of none of {usage.images:,} images. {note}"
+    )
+    return page("How prototypes are used", text, drawn(plot))
