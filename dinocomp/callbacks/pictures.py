@@ -114,7 +114,11 @@ class Pictures:
                 if picture is not None:
                     # As a channels-last array all of Composer's loggers take it; W&B makes tables unless told not to.
                     logger.log_images(
-                        np.asarray(picture), name=f"pictures/{name}", channels_last=True, step=iteration, use_table=False
+                        np.asarray(picture),
+                        name=f"pictures/{name}",
+                        channels_last=True,
+                        step=iteration,
+                        use_table=False,
                     )
         self.draw_curves()
 

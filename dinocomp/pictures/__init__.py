@@ -5,7 +5,7 @@ from dinocomp.pictures.batch import batch_picture, coloured
 from dinocomp.pictures.canvas import write_png
 from dinocomp.pictures.curves import curves_picture, read_lines
 from dinocomp.pictures.embedding import embedding_picture, map_images
-from dinocomp.pictures.looks import Looks, makers, thumbnails
+from dinocomp.pictures.looks import Looks, look_at, makers, thumbnails
 from dinocomp.pictures.neighbours import nearest_images, neighbours_picture
 from dinocomp.pictures.pca import patch_colours, pca_picture
 from dinocomp.pictures.prototypes import Usage, prototype_usage, prototypes_picture
@@ -19,6 +19,7 @@ __all__ = [
     "coloured",
     "curves_picture",
     "embedding_picture",
+    "look_at",
     "makers",
     "map_images",
     "nearest_images",

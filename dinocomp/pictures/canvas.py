@@ -21,8 +21,20 @@ WIDTH = 780  # pixels: twice those of a phone, where letters of 20 pixels are th
 LETTERS = 20  # pixels
 MARGIN = 18
 INK, PALE, PAPER = "#1b1f2a", "#667085", "#ffffff"
-# Okabe and Ito's, which people tell apart who do not see all colours; its yellow cannot be seen on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+# Okabe and Ito's, which people tell apart who do not see all colours, less their yellow, which is pale on white, and
+# with three more.
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#8C6D31",
+    "#5D3A9B",
+    "#9AA0AC",
+)
 RIGHT, WRONG = PALETTE[2], PALETTE[1]
 _DPI = 100
 

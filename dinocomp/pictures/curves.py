@@ -46,16 +46,18 @@ def curves_picture(metrics: Sequence[Mapping], evaluation: Sequence[Mapping], *,
     """
     from matplotlib.ticker import MaxNLocator
 
-    panels = [(title, curves, settings) for title, curves, settings in _panels(metrics, evaluation) if curves]
+    panels = [(title, curves, from_0) for title, curves, from_0 in _panels(metrics, evaluation) if curves]
     plot = figure(_PANEL * max(1, len(panels)) + 30, width)
     if not panels:
         return page("The run so far", "No numbers yet.", drawn(plot))
     last = max(x for _, curves, _ in panels for xs, _ in curves.values() for x in xs)
     grid = plot.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for axes, (title, curves, settings) in zip(grid, panels, strict=True):
+    for axes, (title, curves, from_0) in zip(grid, panels, strict=True):
         _draw(axes, curves)
         tidy(axes, "")
-        axes.set(**{"xlim": (0, max(last, 1)), **settings})
+        axes.set_xlim(0, max(last, 1))
+        if from_0:
+            axes.set_ylim(0, 1.08 * max((y for _, ys in curves.values() for y in ys if y > 0), default=1.0))
         rows = 0
         if len(curves) > 1:  # in lines between title and axes, where it covers nothing
             columns = min(len(curves), max(1, 56 // (4 + max(map(len, curves)))))
@@ -95,37 +97,39 @@ def _summary(metrics: Sequence[Mapping], evaluation: Sequence[Mapping]) -> str:
     return "; ".join(words) + "." if words else ""
 
 
-def _panels(metrics: Sequence[Mapping], evaluation: Sequence[Mapping]) -> Iterable[tuple[str, Curves, dict]]:
+def _panels(metrics: Sequence[Mapping], evaluation: Sequence[Mapping]) -> Iterable[tuple[str, Curves, bool]]:
+    """Title, curves, and whether 0 is to be seen."""
     losses = {"sum": "loss/total"} | {
-        name.removeprefix("loss/"): name for line in metrics[:1] for name in line if name.startswith("loss/")
+        name.removeprefix("loss/").replace("_", " "): name
+        for line in metrics[:1]
+        for name in line
+        if name.startswith("loss/")
     }
     losses.pop("total", None)
-    yield "loss", _read(metrics, losses), {}
-    yield "k-NN accuracy (%)", _accuracies(evaluation), {}
+    yield "loss", _read(metrics, losses), False
+    yield "k-NN accuracy (%)", _accuracies(evaluation), False
     free: Curves = {}
     for name in sorted({name for line in evaluation for name in line.get("label_free") or {}}):
         free[name] = _pairs(evaluation, lambda line, name=name: (line.get("label_free") or {}).get(name))
     shares = {name: curve for name, curve in free.items() if max(curve[1], default=0) <= 1}
     ranks = {name: curve for name, curve in free.items() if name not in shares}
-    yield "without labels: dimensions in use", ranks, {"ylim": (0, None)}
-    yield "without labels: shares", shares, {}
-    yield "learning rate", _read(metrics, {"lr": "lr"}), {"ylim": (0, None)}
-    yield "teacher momentum", _read(metrics, {"momentum": "momentum"}), {}
-    gauges = {name.removeprefix("teacher/"): name for line in metrics[:1] for name in line if name.startswith("teacher/")}
-    gauges = {name.replace("_", " "): key for name, key in gauges.items()}
-    for title, start, settings in (
-        ("spread of features (0 is collapse)", "feature std", {"ylim": (0, None)}),
-        ("entropy of targets (nats)", "entropy", {"ylim": (0, None)}),
-        ("prototypes in effect", "prototypes", {"ylim": (0, None)}),
+    yield "without labels: dimensions in use", ranks, True
+    yield "without labels: shares", shares, False
+    yield "learning rate", _read(metrics, {"lr": "lr"}), True
+    yield "teacher momentum", _read(metrics, {"momentum": "momentum"}), False
+    for title, start in (
+        ("spread of features (0 is collapse)", "feature_std"),
+        ("entropy of targets (nats)", "entropy_"),
+        ("prototypes in effect", "prototypes_"),
     ):
-        yield title, _read(metrics, {name: key for name, key in gauges.items() if name.startswith(start)}), settings
+        key = f"teacher/{start}"
+        gauges = {name.removeprefix(key): name for line in metrics[:1] for name in line if name.startswith(key)}
+        yield title, _read(metrics, gauges), True
 
 
 def _accuracies(evaluation: Sequence[Mapping]) -> Curves:
     ks = sorted({k for line in evaluation for k in line.get("knn_top1") or {}}, key=int)
-    return {
-        f"k={k}": _pairs(evaluation, lambda line, k=k: _percent((line.get("knn_top1") or {}).get(k))) for k in ks
-    }
+    return {f"k={k}": _pairs(evaluation, lambda line, k=k: _percent((line.get("knn_top1") or {}).get(k))) for k in ks}
 
 
 def _percent(value: float | None) -> float | None:

@@ -12,6 +12,7 @@ from dinocomp.pictures.canvas import (
     INK,
     LETTERS,
     MARGIN,
+    PALETTE,
     PAPER,
     WIDTH,
     drawn,
@@ -25,19 +26,6 @@ from dinocomp.pictures.canvas import (
 _FEW = 30  # images that t-SNE needs for neighbourhoods to mean something
 _FIRST = 50  # principal components that t-SNE is given, as its authors do
 _MARKERS = "os^DvPX<>p"
-# Petroff's ten (2021), chosen for all kinds of sight by how well they are told apart on white; markers tell more.
-_COLOURS = (
-    "#3f90da",
-    "#ffa90e",
-    "#bd1f01",
-    "#94a4a2",
-    "#832db6",
-    "#a96b59",
-    "#e76300",
-    "#b9ac70",
-    "#717581",
-    "#92dadd",
-)
 _COLOURED = 20  # classes at most
 
 
@@ -98,13 +86,15 @@ def _scatter(places: np.ndarray, labels: np.ndarray, names: dict[int, str], widt
     axes.scatter(*places[unknown].T, s=12, color="#c3c8d4", linewidths=0)
     for i, (label, name) in enumerate(names.items()):
         mine = labels == label
-        marker, colour = _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)], _COLOURS[i % len(_COLOURS)]
+        marker, colour = _MARKERS[(i + i // len(PALETTE)) % len(_MARKERS)], PALETTE[i % len(PALETTE)]
         short = name if len(name) <= 18 else name[:17] + "…"
         size = 46 if len(labels) < 1000 else 20
-        axes.scatter(*places[mine].T, s=size, color=colour, marker=marker, linewidths=0.5, edgecolors=PAPER, label=short)
+        axes.scatter(
+            *places[mine].T, s=size, color=colour, marker=marker, linewidths=0.5, edgecolors=PAPER, label=short
+        )
         axes.annotate(
             short,
-            np.median(places[mine], axis=0),
+            _densest(places[mine]),
             ha="center",
             va="center",
             fontsize=points(LETTERS + 2),
@@ -126,6 +116,13 @@ def _scatter(places: np.ndarray, labels: np.ndarray, names: dict[int, str], widt
         markerscale=1.5,
     )
     return drawn(plot)
+
+
+def _densest(places: np.ndarray) -> np.ndarray:
+    """That of the places [n, 2] which has a third of the others nearest: a class may lie in two heaps, and its middle
+    in neither."""
+    distances = np.linalg.norm(places[:, None] - places[None], axis=-1)  # [n, n]
+    return places[np.sort(distances, axis=1)[:, len(places) // 3].argmin()]
 
 
 def _thumbnails(images: Tensor, places: np.ndarray, width: int) -> Image.Image:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dinocomp.pictures.canvas import MARGIN, WIDTH, Tile, enlarged, page, to_picture, wall
+from dinocomp.pictures.canvas import WIDTH, Tile, enlarged, page, to_picture, wall
 
 _FLAT = 1e-8  # a component with less than this share of the features' length is rounding noise
 _PERCENTILES = (0.02, 0.98)  # of the foreground: black and full colour, so that no single patch sets the scale
@@ -93,7 +93,7 @@ def pca_picture(images: Tensor, patches: Tensor, grid: tuple[int, int], *, width
     """
     colours = patch_colours(patches, grid, patch_brightness(images, grid))
     maps = (colours.rgb * 255).round().to(torch.uint8).view(-1, *grid, 3).permute(0, 3, 1, 2)  # [B, 3, rows, columns]
-    pairs = min(3, 1 + (len(images) > 1) + (len(images) > 6))
+    pairs = min(3, 1 + (len(images) > 3) + (len(images) > 8))
     across = [
         Tile(picture)
         for image, of_patches in zip(images, maps, strict=True)
@@ -106,6 +106,5 @@ def pca_picture(images: Tensor, patches: Tensor, grid: tuple[int, int], *, width
         "What patches are to the network",
         "Right: its patch tokens by their three largest principal components, as red, green and blue. Like colours are "
         f"like features, across images. Dark: background by the first component ({1 - share:.0%} of the patches).",
-        wall(rows, gaps, width=min(width, 2 * MARGIN + 760 * pairs)),
+        wall(rows, gaps, width=width),
     )
-

@@ -62,7 +62,9 @@ def prototypes_picture(usage: Usage, *, note: str = "", width: int = WIDTH) -> I
     axes = plot.add_subplot()
     axes.axhline(1, color=PALE, linewidth=2, linestyle="--", label="equal shares")
     axes.plot(rank, mean, color=PALETTE[0], linewidth=3.5, label="probability, on average")
-    axes.plot(rank[used], picked[used], color=PALETTE[1], linewidth=3, linestyle=":", label="images whose first choice it is")
+    axes.plot(
+        rank[used], picked[used], color=PALETTE[1], linewidth=3, linestyle=":", label="images whose first choice it is"
+    )
     axes.set(xscale="log", yscale="log", xlabel="prototypes, the most used first", ylabel="share, in equal shares")
     # What nothing is given to, at 1e-30 say, would leave no room for the rest.
     axes.set_ylim(bottom=min(0.5, max(float(mean.min()), 1e-3)) / 1.5)
