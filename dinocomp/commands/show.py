@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dinocomp.commands.types import positive
 from dinocomp.errors import ConfigError
-from dinocomp.hints import did_you_mean, missing, obstacle
+from dinocomp.hints import missing, obstacle
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
             except OSError as error:
                 raise ConfigError(f"{path} cannot be written: {error}; make room, or give --output DIR") from error
             print(path)
-        elif name in wanted:
+        elif name in wanted and (of_run or name != "curves"):
             print(f"left out: {name} ({left_out[name]})")
 
 
@@ -131,7 +131,9 @@ def _looks(arguments: argparse.Namespace, source: Path, wanted: list[str], of_ru
     if not own:
         left_out["attention"] = f"it is drawn of dinocomp's own networks, this one is a {type(backbone).__name__}"
     if len(few.pixels) < 2:
-        left_out |= dict.fromkeys(("neighbours", "embedding"), "there is one image alone")
+        left_out["neighbours"] = "there is one image alone"
+    if len(few.pixels) < 3:
+        left_out["embedding"] = "a map takes three images"
     looks = look_at(
         backbone,
         few.pixels,
@@ -210,7 +212,5 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"--device {name} cannot be used: {reason}; type --device cpu{did_you_mean(name, ['cpu', 'cuda'])}"
-        ) from error
+        raise ConfigError(f"--device {name} cannot be used ({reason}); type --device cpu") from error
     return device

@@ -115,7 +115,7 @@ def _group_of(place: str | Images) -> _Group:
 def _of_shards(images: Images) -> _Group:
     def get(i: int) -> tuple[torch.Tensor, str]:
         sample, pixels = images.decode(i)
-        known = 0 <= sample.label
+        known = sample.label >= 0
         named = known and sample.label < len(images.classes)
         return pixels, images.classes[sample.label].name if named else str(sample.label) if known else ""
 

@@ -208,14 +208,22 @@ def drawn(plot: Figure) -> Image.Image:
 
 
 def png(picture: Image.Image, limit: int = 600_000) -> bytes:
-    """A picture as a PNG of at most `limit` bytes: one that needs more is shrunk, as far as it takes."""
-    while True:
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        if buffer.tell() <= limit or min(picture.size) < 64:
-            return buffer.getvalue()
-        shrink = 0.97 * (limit / buffer.tell()) ** 0.5
+    """A picture as a PNG of at most `limit` bytes. One that needs more gets 256 colours of its own, which is hard to see
+    at this size and keeps letters sharp; one that needs more still is shrunk, as far as it takes."""
+    data = _encoded(picture)
+    while len(data) > limit:
+        data = _encoded(picture.quantize(256))
+        shrink = 0.97 * (limit / len(data)) ** 0.5
         picture = picture.resize([max(1, round(side * shrink)) for side in picture.size], Image.Resampling.LANCZOS)
+        if max(picture.size) == 1:
+            break
+    return data
+
+
+def _encoded(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def write_png(path: Path, picture: Image.Image, limit: int = 600_000) -> None:

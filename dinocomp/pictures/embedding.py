@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -127,7 +126,7 @@ def _densest(places: np.ndarray) -> np.ndarray:
 
 def _thumbnails(images: Tensor, places: np.ndarray, width: int) -> Image.Image:
     """Images at their places; of those that would cover one another the first is shown."""
-    side, canvas = (44 if len(images) > 60 else 64), width - 2 * MARGIN
+    side, canvas = (44 if len(images) > 60 else 64 if len(images) > 15 else 110), width - 2 * MARGIN
     low, spread = places.min(axis=0), np.ptp(places, axis=0)
     spread[spread == 0] = 1.0
     corner = (places - low) / spread * (canvas - side)  # [n, 2]

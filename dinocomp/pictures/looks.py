@@ -147,6 +147,7 @@ def makers(looks: Looks, *, width: int) -> dict[str, Callable[[], Image.Image]]:
         )
     if len(looks.vectors) > 1:
         found["neighbours"] = lambda: neighbours_picture(*few, width=width)
+    if len(looks.vectors) > 2:
         found["embedding"] = lambda: embedding_picture(*few, width=width)
     if looks.usage is not None:
         found["prototypes"] = lambda: prototypes_picture(looks.usage, note=looks.note, width=width)

@@ -81,7 +81,7 @@ def neighbours_picture(
             frame = (RIGHT if same else WRONG) if both else None
             row.append(Tile(to_picture(images[other]), caption, frame))
         rows.append(row)
-    text = f"Left: an image. Right: the {nearest.index.shape[1]} most like it of {len(images)}, with their cosines."
+    text = f"Left: an image. Right: the nearest to it of {len(images):,} images, with their cosines."
     if judged:
         text += f" Green: of its class ({right / judged:.0%}). Orange: of another, named below it."
-    return page("Nearest neighbours", text, wall(rows, [20] + [5] * (nearest.index.shape[1] - 1), width=width))
+    return page("Nearest neighbours", text, wall(rows, [20] + [5] * (max(nearest.index.shape[1], 3) - 1), width=width))

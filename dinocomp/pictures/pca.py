@@ -104,7 +104,7 @@ def pca_picture(images: Tensor, patches: Tensor, grid: tuple[int, int], *, width
     share = colours.foreground.float().mean()
     return page(
         "What patches are to the network",
-        "Right: its patch tokens by their three largest principal components, as red, green and blue. Like colours are "
-        f"like features, across images. Dark: background by the first component ({1 - share:.0%} of the patches).",
+        "Right of each: its patch tokens by their three largest principal components, as red, green and blue. Like "
+        f"colours are like features, across images. Dark: background by the first component ({1 - share:.0%} of the patches).",
         wall(rows, gaps, width=width),
     )

@@ -65,7 +65,7 @@ def prototypes_picture(usage: Usage, *, note: str = "", width: int = WIDTH) -> I
     axes.plot(
         rank[used], picked[used], color=PALETTE[1], linewidth=3, linestyle=":", label="images whose first choice it is"
     )
-    axes.set(xscale="log", yscale="log", xlabel="prototypes, the most used first", ylabel="share, in equal shares")
+    axes.set(xscale="log", yscale="log", xlabel="prototypes, the most used first", ylabel="times an equal share")
     # What nothing is given to, at 1e-30 say, would leave no room for the rest.
     axes.set_ylim(bottom=min(0.5, max(float(mean.min()), 1e-3)) / 1.5)
     tidy(axes, "")
