@@ -105,6 +105,7 @@ def pca_picture(images: Tensor, patches: Tensor, grid: tuple[int, int], *, width
     return page(
         "What patches are to the network",
         "Right of each: its patch tokens by their three largest principal components, as red, green and blue. Like "
-        f"colours are like features, across images. Dark: background by the first component ({1 - share:.0%} of the patches).",
+        "colours are like features, across images. Dark: background by the first component "
+        f"({1 - share:.0%} of the patches).",
         wall(rows, gaps, width=width),
     )
