@@ -19,7 +19,7 @@ def test_the_nearest_by_angle_and_not_oneself() -> None:
 
 
 def test_each_class_asks_before_one_asks_twice() -> None:
-    assert spread_queries(torch.tensor([5, 5, 5, 1, 2, 1]), 4) == [0, 1, 3, 4]
+    assert spread_queries(torch.tensor([5, 5, 5, 1, 2, 1]), 4) == [0, 3, 4, 1]
     assert spread_queries(torch.tensor([5, 5, 5, 1, 2, 1]), 3) == [0, 3, 4]
     assert spread_queries(torch.full((5,), -1), 3) == [0, 1, 2]
     assert spread_queries(torch.tensor([0, 0]), 8) == [0, 1]

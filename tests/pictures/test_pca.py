@@ -40,7 +40,7 @@ def test_a_planted_foreground_is_found_whatever_its_sign() -> None:
 
 def test_the_same_colours_of_features_turned_round_and_over() -> None:
     """A network's axes are its own business, and so is a component's sign: pictures over a run can be compared."""
-    tokens, inside, images = planted()
+    tokens, _, images = planted()
     brightness = patch_brightness(images, GRID)
     first = patch_colours(tokens, GRID, brightness)
     rotation = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0]
