@@ -208,11 +208,16 @@ def drawn(plot: Figure) -> Image.Image:
 
 
 def png(picture: Image.Image, limit: int = 600_000) -> bytes:
-    """A picture as a PNG of at most `limit` bytes. One that needs more gets 256 colours of its own, which is hard to see
-    at this size and keeps letters sharp; one that needs more still is shrunk, as far as it takes."""
+    """A picture as a PNG of at most `limit` bytes.
+
+    One that needs more gets 256 colours of its own, which is hard to see at this size and keeps letters sharp; one that
+    needs more still is shrunk, as far as it takes.
+    """
     data = _encoded(picture)
     while len(data) > limit:
         data = _encoded(picture.quantize(256))
+        if len(data) <= limit:
+            break
         shrink = 0.97 * (limit / len(data)) ** 0.5
         picture = picture.resize([max(1, round(side * shrink)) for side in picture.size], Image.Resampling.LANCZOS)
         if max(picture.size) == 1:

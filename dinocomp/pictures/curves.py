@@ -110,9 +110,11 @@ def _panels(metrics: Sequence[Mapping], evaluation: Sequence[Mapping]) -> Iterab
     yield "k-NN accuracy (%)", _accuracies(evaluation), False
     free: Curves = {}
     for name in sorted({name for line in evaluation for name in line.get("label_free") or {}}):
-        free[name] = _pairs(evaluation, lambda line, name=name: (line.get("label_free") or {}).get(name))
-    shares = {name: curve for name, curve in free.items() if max(curve[1], default=0) <= 1}
-    ranks = {name: curve for name, curve in free.items() if name not in shares}
+        free[name.replace("_", " ")] = _pairs(
+            evaluation, lambda line, name=name: (line.get("label_free") or {}).get(name)
+        )
+    shares = {name: curve for name, curve in free.items() if not any(y > 1 for y in curve[1])}
+    ranks = {name: curve for name, curve in free.items() if name not in shares}  # from 1 up
     yield "without labels: dimensions in use", ranks, True
     yield "without labels: shares", shares, False
     yield "learning rate", _read(metrics, {"lr": "lr"}), True

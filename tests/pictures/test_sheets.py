@@ -19,14 +19,14 @@ def noise(width: int, height: int) -> Image.Image:
 
 def test_large_pictures_are_made_to_fit() -> None:
     """Noise cannot be packed: it is shrunk; a picture of few colours stays as it is."""
-    data = png(noise(900, 700), limit=300_000)
-    assert len(data) <= 300_000
+    data = png(noise(450, 350), limit=75_000)
+    assert len(data) <= 75_000
     with Image.open(io.BytesIO(data)) as picture:
-        assert picture.width < 900 and abs(picture.width / picture.height - 9 / 7) < 0.02
-    with Image.open(io.BytesIO(png(Image.new("RGB", (900, 700)), limit=300_000))) as picture:
-        assert picture.size == (900, 700) and picture.mode == "RGB"
-    with Image.open(io.BytesIO(png(noise(500, 400), limit=300_000))) as picture:
-        assert picture.size == (500, 400) and picture.mode == "P", "colours go before pixels do"
+        assert picture.width < 450 and abs(picture.width / picture.height - 9 / 7) < 0.02
+    with Image.open(io.BytesIO(png(Image.new("RGB", (450, 350)), limit=75_000))) as picture:
+        assert picture.size == (450, 350) and picture.mode == "RGB"
+    with Image.open(io.BytesIO(png(noise(250, 200), limit=75_000))) as picture:
+        assert picture.size == (250, 200) and picture.mode == "P", "colours go before pixels do"
     assert png(noise(50, 50), limit=10), "and there is an end to it"
 
 
@@ -78,8 +78,7 @@ def test_curves() -> None:
         {"iteration": 10, "knn_top1": {"10": 0.8}, "label_free": {"rankme": 40.0, "neighbour_consistency": None}},
     ]
     whole = curves_picture(lines(10), evaluation)
-    assert whole.width == 780 and whole.height > curves_picture(lines(10), []).height > 1200
-    assert curves_picture(lines(2000), evaluation).size == whole.size
+    assert whole.width == 780 and curves_picture(lines(2000), []).height < whole.height - 600
     assert curves_picture([], []).width == 780 and curves_picture([], evaluation[:1]).width == 780
 
 
