@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dinocomp.checkpoints.folder import TEACHER
 from dinocomp.commands.types import positive
 from dinocomp.errors import ConfigError
 from dinocomp.hints import missing, obstacle
