@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinocomp.checkpoints.folder import TEACHER
 from dinocomp.commands.types import positive
 from dinocomp.errors import ConfigError
-from dinocomp.hints import missing, obstacle
+from dinocomp.hints import obstacle
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from dinocomp.data.few import Few
+    from dinocomp.interop import Backbone
+    from dinocomp.models import DINOHead
+
+    Makers = dict[str, Callable[[], Image]]
 
 TEXT = "draw what a network makes of images: PCA of patches, attention, neighbours, a map, prototypes"
 _KINDS = ("pca", "attention", "neighbours", "embedding", "prototypes", "curves")
@@ -22,7 +27,9 @@ _LIMIT = 2_000_000  # bytes of a picture
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="RUN|WEIGHTS", help="a run's folder, or a file of weights")
+    parser.add_argument(
+        "source", metavar="RUN|WEIGHTS", help="a run's folder, a file of weights, or timm:NAME, hf:FOLDER and the like"
+    )
     parser.add_argument(
         "images",
         nargs="*",
@@ -31,110 +38,104 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="DIR", help="folder for the pictures (RUN/pictures/show, else pictures)")
     parser.add_argument(
-        "--pictures",
-        type=_kinds,
-        metavar="NAMES",
-        help=f"which, with commas (default all that can be): {','.join(_KINDS)}",
+        "--pictures", type=_kinds, metavar="NAMES", help=f"of {','.join(_KINDS)}, with commas (all that can be)"
     )
-    parser.add_argument("--size", type=positive, metavar="N", help="side at which patches are looked at, in pixels")
+    parser.add_argument("--size", type=positive, metavar="N", help="side at which patches are looked at (pixels)")
+    parser.add_argument("--resize", type=positive, metavar="N", help="shorter side that images get (pixels)")
+    parser.add_argument("--crop", type=positive, metavar="N", help="side of the middle that is then cut out (pixels)")
+    parser.add_argument("--number", type=positive, default=500, metavar="N", help="images at most (500)")
     parser.add_argument(
-        "--resize", type=positive, metavar="N", help="shorter side that images are resized to, in pixels"
+        "--closely", type=positive, default=12, metavar="N", help="of them, looked at patch by patch (12)"
     )
-    parser.add_argument("--crop", type=positive, metavar="N", help="side of the middle that is then cut out, in pixels")
-    parser.add_argument("--number", type=positive, default=500, metavar="N", help="images at most (default 500)")
-    parser.add_argument(
-        "--closely", type=positive, default=12, metavar="N", help="of them, looked at patch by patch (default 12)"
-    )
-    parser.add_argument(
-        "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: a GPU if there is one)"
-    )
+    parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (a GPU if there is one)")
 
 
 def _kinds(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
+    for name in names or [text]:
         if name not in _KINDS:
             raise argparse.ArgumentTypeError(f"no picture {name!r}; there are {', '.join(_KINDS)}")
-    if not names:
-        raise argparse.ArgumentTypeError(f"no names; there are {', '.join(_KINDS)}")
     return names
 
 
 def run(arguments: argparse.Namespace) -> None:
     source = Path(arguments.source).expanduser()
-    if not source.exists():
-        raise ConfigError(
-            f"{missing(source)} Give a run's folder or a file of weights, such as RUN/teacher.safetensors"
-        )
     of_run = (source / "config.yaml").is_file()
-    output = Path(arguments.output).expanduser() if arguments.output else source / "pictures/show" if of_run else None
-    output = output or Path("pictures")
+    output = source / "pictures" / "show" if of_run else Path("pictures")
+    if arguments.output:
+        output = Path(arguments.output).expanduser()
     if reason := obstacle(output):
         raise ConfigError(f"pictures cannot be written to {output}: {reason}; give another folder with --output DIR")
-    wanted, left_out = arguments.pictures or list(_KINDS), {}
-    makers = {}
-    if "curves" in wanted:
-        if of_run:
-            makers["curves"] = lambda: _curves(source)
-        else:
-            left_out["curves"] = f"{source} is no run's folder"
-    if set(wanted) - {"curves"}:
-        found, reasons = _looks(arguments, source, wanted, of_run)
+    wanted = arguments.pictures or [name for name in _KINDS if of_run or name != "curves"]
+    makers: Makers = {}
+    why_not: dict[str, str] = {}
+    if "curves" in wanted and of_run:
+        makers["curves"] = lambda: _curves(source)
+    elif "curves" in wanted:
+        why_not["curves"] = f"{arguments.source} is no run's folder"
+    if wanted != ["curves"]:
+        found, reasons = _of_network(arguments, source if of_run else None, wanted)
         makers |= found
-        left_out |= reasons
-    impossible = [name for name in arguments.pictures or () if name not in makers]
-    if impossible:
-        raise ConfigError(f"--pictures {impossible[0]} cannot be drawn: {left_out[impossible[0]]}")
+        why_not |= reasons
+    for name in arguments.pictures or ():
+        if name not in makers:
+            raise ConfigError(f"--pictures {name} cannot be drawn: {why_not[name]}")
     from dinocomp.pictures.canvas import write_png
 
-    for name in _KINDS:
-        if name in wanted and name in makers:
-            path = output / f"{name}.png"
-            try:
-                write_png(path, makers[name](), _LIMIT)
-            except OSError as error:
-                raise ConfigError(f"{path} cannot be written: {error}; make room, or give --output DIR") from error
-            print(path)
-        elif name in wanted and (of_run or name != "curves"):
-            print(f"left out: {name} ({left_out[name]})")
+    for name in filter(wanted.__contains__, _KINDS):
+        path = output / f"{name}.png"
+        if name not in makers:
+            print(f"left out: {name} ({why_not[name]})")
+            continue
+        try:
+            write_png(path, makers[name](), _LIMIT)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error}; make room, or give --output DIR") from error
+        print(path)
 
 
-def _curves(folder: Path):
+def _curves(folder: Path) -> Image:
     from dinocomp.pictures.curves import curves_picture, read_lines
 
     return curves_picture(read_lines(folder / "metrics.jsonl"), read_lines(folder / "evaluation.jsonl"))
 
 
-def _looks(arguments: argparse.Namespace, source: Path, wanted: list[str], of_run: bool) -> tuple[dict, dict[str, str]]:
-    """What draws each picture of the network, and why some cannot be drawn."""
-    if not of_run and not arguments.images:
-        raise ConfigError(f"no images to show to {source}: give image files, folders, shards, or digits behind it")
-    weights = source / "teacher.safetensors" if of_run else source
+def _of_network(arguments: argparse.Namespace, folder: Path | None, wanted: list[str]) -> tuple[Makers, dict[str, str]]:
+    """What draws each picture of a network, of a run in `folder` perhaps, and why some cannot be drawn."""
+    if not folder and not arguments.images:
+        raise ConfigError(
+            f"no images to show to {arguments.source}: give image files, folders, shards, or digits behind it"
+        )
 
+    from dinocomp.checkpoints.folder import TEACHER
     from dinocomp.interop import open_backbone
     from dinocomp.models import VisionTransformer
     from dinocomp.pictures.canvas import WIDTH
     from dinocomp.pictures.looks import look_at, makers
 
+    if folder and not (folder / TEACHER).is_file():
+        raise ConfigError(
+            f"{folder} has no {TEACHER} yet: a run writes it with its first checkpoint. Until then there are "
+            "--pictures curves"
+        )
+    weights = str(folder / TEACHER) if folder else arguments.source
     device = _device(arguments.device)
     backbone = open_backbone(weights).to(device)
     view, size = _sizes(arguments, backbone)
-    few = _images(arguments, source)
+    few = _images(arguments, folder)
     if few.bad:
-        print(f"{len(few.bad)} image(s) cannot be decoded and are left out: {few.bad[0]}")
-    left_out: dict[str, str] = {}
-    head, temperature, note = None, 1.0, ""
-    if "prototypes" in wanted:
-        head, temperature, note = _head(weights)
-        if head is None:
-            left_out["prototypes"] = f"{weights} has no DINO head; a run's teacher.safetensors has"
+        print(f"{len(few.bad)} image(s) cannot be decoded and are left out, the first: {few.bad[0]}")
+    why_not: dict[str, str] = {}
+    head, temperature, note = _head(weights) if "prototypes" in wanted else (None, 1.0, "")
+    if head is None:
+        why_not["prototypes"] = f"{weights} has no DINO head; a run's {TEACHER} has one"
     own = isinstance(backbone, VisionTransformer)
     if not own:
-        left_out["attention"] = f"it is drawn of dinocomp's own networks, this one is a {type(backbone).__name__}"
+        why_not["attention"] = f"it is drawn of dinocomp's own networks, this one is a {type(backbone).__name__}"
     if len(few.pixels) < 2:
-        left_out["neighbours"] = "there is one image alone"
+        why_not["neighbours"] = "there is one image alone"
     if len(few.pixels) < 3:
-        left_out["embedding"] = "a map takes three images"
+        why_not["embedding"] = "a map takes three images"
     looks = look_at(
         backbone,
         few.pixels,
@@ -149,11 +150,11 @@ def _looks(arguments: argparse.Namespace, source: Path, wanted: list[str], of_ru
         note=note,
     )
     if not looks.finite:
-        raise ConfigError(f"the features of {weights} are not finite: it is of a run that diverged; give other weights")
-    return makers(looks, width=WIDTH), left_out
+        raise ConfigError(f"the features of {weights} are not finite: its training diverged; give other weights")
+    return makers(looks, width=WIDTH), why_not
 
 
-def _head(weights: Path):
+def _head(weights: str) -> tuple[DINOHead | None, float, str]:
     """A teacher's head, the temperature of its softmax, and what is to be said of it."""
     import yaml
 
@@ -169,7 +170,7 @@ def _head(weights: Path):
     return found[0], temperature, "Without the running centre, which the file does not hold." if centred else ""
 
 
-def _images(arguments: argparse.Namespace, source: Path) -> Few:
+def _images(arguments: argparse.Namespace, folder: Path | None) -> Few:
     """Those that are named, or of a run the held-out ones, or those that it trains on."""
     from dinocomp.data.few import choose_images
 
@@ -179,14 +180,14 @@ def _images(arguments: argparse.Namespace, source: Path) -> Few:
     from dinocomp.config import load_config
     from dinocomp.data import evaluation_pair, open_images
 
-    config = load_config(str(source / "config.yaml")).config
+    config = load_config(str(folder / "config.yaml")).config
     keys, how = config.evaluation, opening(config)
     pair = evaluation_pair(config.train.dataset_path, keys.train_dataset_path, keys.val_dataset_path, **how)
     images = pair[1] if pair else open_images(config.train.dataset_path, split="train", **how)
     return choose_images([images], arguments.number)
 
 
-def _sizes(arguments: argparse.Namespace, backbone) -> tuple[tuple[int, int], int]:
+def _sizes(arguments: argparse.Namespace, backbone: Backbone) -> tuple[tuple[int, int], int]:
     """The view (resize, crop), and the side at which patches are looked at, all in pixels."""
     resize, crop = backbone.view
     if arguments.crop:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from composer.utils import reproducibility
 from PIL import Image
 
 from dinocomp.build.model import build_model
@@ -209,7 +210,7 @@ def draw_after(folder: Path) -> None:
 
     def and_draw(self: OnlineEvaluation, iteration: int, logger: object) -> None:
         evaluate(self, iteration, logger)
-        Pictures(self.pair.val, folder=folder, resize=18, crop=16, temperature=0.07, number=20)(
+        Pictures(self.measures.pair.val, folder=folder, resize=18, crop=16, temperature=0.07, number=20)(
             self.model, iteration, logger
         )
 
@@ -222,25 +223,23 @@ def shard_and_draw(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
-def test_of_sharded_weights(tmp_path: Path, free_port: int, strategy: str) -> None:
+def test_of_sharded_weights(tmp_path: Path, digits: Images, free_port: int, strategy: str) -> None:
     """Drawing while training changes nothing in it, and of shares it draws what it draws of whole weights."""
-    runs = {}
-    for name, change, before in (
-        ("whole", "single", draw_after),
-        ("drawn", strategy, shard_and_draw),
-        ("plain", strategy, shard_on_cpu),
-    ):
-        arguments = words(tmp_path / name, parallelism__strategy=change, evaluation__pictures="false", optim__epochs=1)
-        arguments = [
-            yaml_of_nothing(tmp_path),
-            *arguments,
-            "train.batch_size_per_gpu=" + ("8" if name == "whole" else "4"),
-        ]
-        details = () if name == "plain" else (tmp_path / f"of-{name}",)
-        number = 1 if name == "whole" else 2
-        ranks = processes.start_ranks(arguments, number, free_port, before, *details)
-        assert [processes.finish(rank) for rank in ranks] == [0] * number
-        runs[name] = metrics(tmp_path / name)
-    for drawn, plain in zip(runs["drawn"], runs["plain"], strict=True):
+    for name, before, details in (("drawn", shard_and_draw, (tmp_path / "pictures",)), ("plain", shard_on_cpu, ())):
+        arguments = words(
+            tmp_path / name,
+            parallelism__strategy=strategy,
+            train__batch_size_per_gpu=4,
+            evaluation__pictures="false",
+            evaluation__at_start="true",
+            optim__epochs=1,
+            optim__warmup_epochs=0,
+        )
+        ranks = processes.start_ranks([yaml_of_nothing(tmp_path), *arguments], 2, free_port, before, *details)
+        assert [processes.finish(rank) for rank in ranks] == [0, 0]
+    for drawn, plain in zip(metrics(tmp_path / "drawn"), metrics(tmp_path / "plain"), strict=True):
         assert all(drawn[key] == plain[key] for key in drawn if key.startswith(("loss/", "grad_norm/", "teacher/")))
-    assert written(tmp_path / "of-drawn", 4).keys() == NAMES
+    assert written(tmp_path / "pictures", 4).keys() == NAMES
+    reproducibility.seed_all(0)
+    pictures(digits, tmp_path / "whole", number=20, closely=12)(build_model(settings()), 0, Seen())
+    assert written(tmp_path / "pictures", 0) == written(tmp_path / "whole", 0)
