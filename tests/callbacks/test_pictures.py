@@ -1,7 +1,6 @@
 """Pictures at evaluations: of a tiny teacher, on digits."""
 
 import logging
-import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from dinocomp.data import BadImage, Images, Sample, open_images
 from dinocomp.method import DINOv2
 
 from .. import processes
-from ..helpers import TINY, metrics, words, yaml_of_nothing
+from ..helpers import TINY, metrics, random_states, words, yaml_of_nothing
 from ..sharding import shard_on_cpu
 
 pytestmark = pytest.mark.usefixtures("one_cache")
@@ -66,10 +65,9 @@ def test_drawn_written_and_logged(tmp_path: Path, digits: Images, centering: str
     """All of them, without moving any random state; again they are the same."""
     model, seen = tiny(train__centering=centering), Seen()
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "loss/total": 3.0}\n')
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    states = random_states()
     pictures(digits, tmp_path)(model, 7, seen)
-    assert torch.equal(states[0], torch.get_rng_state()) and random.getstate() == states[2]
-    assert (np.random.get_state()[1] == states[1]).all()
+    assert random_states() == states
     first = written(tmp_path)
     assert first.keys() == NAMES and not list(tmp_path.rglob("*.partial"))
     for name, data in first.items():
@@ -163,7 +161,7 @@ def test_without_a_head_there_are_no_prototypes(tmp_path: Path, digits: Images) 
 
 def test_from_a_configuration(tmp_path: Path, digits: Images) -> None:
     start = SimpleNamespace(output=tmp_path, precision="bf16")
-    built = build_pictures(settings(), start, digits)
+    built = build_pictures(settings(evaluation__pictures="true"), start, digits)
     assert (built.resize, built.crop, built.autocast) == (18, 16, torch.bfloat16) and len(built.chosen) == 359
     assert build_pictures(settings(evaluation__pictures="false"), start, digits) is None
     built.chosen = built.chosen[:20]

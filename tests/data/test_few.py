@@ -1,10 +1,8 @@
 """A few images from wherever they are."""
 
-import random
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +11,8 @@ from dinocomp.data import open_images
 from dinocomp.data.convert import convert
 from dinocomp.data.few import choose_images
 from dinocomp.errors import DataError
+
+from ..helpers import random_states
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 
@@ -30,10 +30,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_of_a_folder_of_classes(folder: Path) -> None:
     """All of them, with labels; the cache stays empty. What cannot be decoded is told."""
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    states = random_states()
     few = choose_images([str(folder)], 100)
-    assert torch.equal(states[0], torch.get_rng_state()) and (np.random.get_state()[1] == states[1]).all()
-    assert random.getstate() == states[2]
+    assert random_states() == states
     assert few.classes == ["cat", "dog"] and len(few.pixels) == 12 and "cat/torn.png" in few.bad[0]
     assert all(int(pixels[0, 0, 0]) % 2 == label for pixels, label in zip(few.pixels, few.labels, strict=True))
     some = choose_images([str(folder)], 5)

@@ -1,12 +1,12 @@
 """Maps of images."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
 
 from dinocomp.pictures import embedding_picture, map_images
+
+from ..helpers import random_states
 
 
 def heaps(n: int = 60, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,10 +16,9 @@ def heaps(n: int = 60, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_what_is_alike_lies_together_and_no_generator_moves() -> None:
     vectors, labels = heaps()
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    states = random_states()
     places, method = map_images(vectors)
-    assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all()
-    assert states[2] == random.getstate()
+    assert random_states() == states
     assert method == "t-SNE" and places.shape == (60, 2)
     distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
     np.fill_diagonal(distances, np.inf)
