@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -112,3 +114,9 @@ def launch(
     command = [launcher, "-n", str(processes), *flags, script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def random_states() -> tuple:
+    """Where the three global generators stand."""
+    kind, key, position, *rest = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), kind, key.tobytes(), position, rest, random.getstate()

@@ -1,54 +1,31 @@
-"""At the first batch: a picture of what the networks are shown."""
+"""Pictures of a run: what the networks are shown, at the first batch; what the teacher makes of it, at evaluations."""
 
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from composer import Callback, Logger, State
 from composer.utils import dist
 from PIL import Image
 from torch import Tensor
 
-from dinocomp.data import Batch, split_batch
+from dinocomp.data import Images, evaluation_view, split_batch
+from dinocomp.data.listing import NO_LABEL
+from dinocomp.errors import DataError
+from dinocomp.method import DINOv2
+from dinocomp.method.losses import Centering
 from dinocomp.method.pixels import Colours
+from dinocomp.pictures.attention import watch_attention
+from dinocomp.pictures.batch import ROWS, batch_picture, coloured
+from dinocomp.pictures.canvas import WIDTH, write_png
+from dinocomp.pictures.curves import curves_picture, read_lines
+from dinocomp.pictures.looks import Looks, makers, thumbnails
+from dinocomp.pictures.prototypes import Usage, prototype_usage
 
-_ROWS = 8  # images in the picture, at most
-
-
-def coloured(batch: Batch, colours: Colours) -> Batch:
-    """A batch whose crops' colours are left to the device, with the crops that the networks see."""
-    found = dict(batch)
-    for kind in ("global", "local"):
-        crops = batch[f"{kind}_crops"]  # uint8 [B, crops, 3, side, side]
-        changed = colours(crops.flatten(0, 1), batch[f"{kind}_colours"].flatten(0, 1))
-        found[f"{kind}_crops"] = changed.view_as(crops)
-    return found
-
-
-def batch_picture(batch: Batch, images: int = _ROWS, tile: int = 112) -> Image.Image:
-    """One row an image: its two global crops, each plain and with its masked patches greyed, then its local crops.
-
-    Args:
-        batch: on the CPU.
-        images: rows at most.
-        tile: side of each crop in the picture, in pixels.
-    """
-    gap = 4
-    global_crops, local_crops, masks = batch["global_crops"], batch["local_crops"], batch["masks"]
-    rows = []
-    for globals_, locals_, mask in zip(global_crops[:images], local_crops[:images], masks[:images], strict=True):
-        tiles: list[Tensor] = []
-        for crop, crop_mask in zip(globals_, mask, strict=True):  # [3, G, G], [N]
-            side = round(len(crop_mask) ** 0.5)
-            hidden = F.interpolate(crop_mask.view(1, 1, side, side).float(), size=crop.shape[-2:])[0]  # [1, G, G]
-            tiles += [crop, torch.where(hidden > 0, torch.full_like(crop, 128), crop)]
-        tiles += list(locals_)
-        row = torch.full((3, tile + gap, len(tiles) * (tile + gap)), 255, dtype=torch.uint8)
-        for i, crop in enumerate(tiles):
-            resized = F.interpolate(crop[None].float(), size=(tile, tile), mode="nearest")[0]  # [3, tile, tile]
-            row[:, :tile, i * (tile + gap) : i * (tile + gap) + tile] = resized.to(torch.uint8)
-        rows.append(row)
-    return Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())
+log = logging.getLogger(__name__)
 
 
 class FirstBatchPicture(Callback):
@@ -69,8 +46,161 @@ class FirstBatchPicture(Callback):
             return
         self.done = True
         if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            batch = split_batch(state.batch, _ROWS)[0]
+            batch = split_batch(state.batch, ROWS)[0]
             if self.colours is not None:
                 batch = coloured(batch, self.colours)
-            batch_picture({name: field.cpu() for name, field in batch.items()}).save(self.path)
+            picture = batch_picture({name: field.cpu() for name, field in batch.items()})
+            try:
+                write_png(self.path, picture)
+            except OSError as error:  # as for all files but checkpoints: it costs this one, not the run
+                log.warning("%s cannot be written: %s", self.path, error)
+
+
+class Pictures:
+    """Draws what the teacher makes of some images, always the same ones: PCA of patch tokens, attention, neighbours, a
+    map, prototypes; and the run's curves.
+
+    Rank 0 looks at the images and draws. The others only take part in its forward passes, for which they may hold a
+    share of the weights. Nothing is drawn at random but the choice of images, from a generator of its own.
+
+    Args:
+        images: to choose from; of the evaluation's held-out images, or those trained on.
+        folder: the run's; gets `pictures/iteration-N/NAME.png` and `pictures/curves.png`.
+        resize, crop: see `evaluation_view`, in pixels.
+        temperature: of the teacher's softmax over prototypes.
+        autocast: number type to compute in; None for that of the weights.
+        number: images at most, for neighbours, map and prototypes.
+        closely: how many of these are looked at patch by patch.
+        batch_size: images a forward pass.
+        seed: of the choice.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        folder: Path,
+        resize: int,
+        crop: int,
+        temperature: float,
+        autocast: torch.dtype | None = None,
+        number: int = 500,
+        closely: int = 12,
+        batch_size: int = 50,
+        seed: int = 0,
+    ) -> None:
+        self.images = images
+        self.folder = folder
+        self.resize, self.crop = resize, crop
+        self.temperature = temperature
+        self.autocast = autocast
+        self.batch_size = batch_size
+        rng = np.random.default_rng(seed)
+        self.chosen = rng.choice(len(images), min(number, len(images)), replace=False).tolist()
+        self.closely = min(closely, len(self.chosen))
+
+    def __call__(self, model: DINOv2, iteration: int, logger: Logger) -> None:
+        """Draws, writes and logs all pictures of one iteration. All ranks must call it."""
+        looks = self._look(model)
+        if dist.get_global_rank() != 0:
+            return
+        if looks is None:
+            log.warning("no pictures at iteration %d: none of %d images can be decoded", iteration, len(self.chosen))
+        elif not looks.finite:
+            log.warning("no pictures at iteration %d: the teacher's features are not finite", iteration)
+        else:
+            for name, make in makers(looks, width=WIDTH).items():
+                picture = self._draw(f"iteration-{iteration:08d}/{name}.png", make)
+                if picture is not None:
+                    # As a channels-last array all of Composer's loggers take it; W&B makes tables unless told not to.
+                    logger.log_images(
+                        np.asarray(picture),
+                        name=f"pictures/{name}",
+                        channels_last=True,
+                        step=iteration,
+                        use_table=False,
+                    )
+        self.draw_curves()
+
+    def draw_curves(self) -> None:
+        """Draws `pictures/curves.png` anew, of what metrics.jsonl and evaluation.jsonl hold by now. On rank 0."""
+        self._draw(
+            "curves.png",
+            lambda: curves_picture(
+                read_lines(self.folder / "metrics.jsonl"), read_lines(self.folder / "evaluation.jsonl")
+            ),
+        )
+
+    def _draw(self, name: str, make) -> Image.Image | None:
+        """One picture, drawn and written; None where it failed. No picture is worth a run, whatever went wrong."""
+        path = self.folder / "pictures" / name
+        try:
+            picture = make()
+            write_png(path, picture)
+        except Exception as error:
+            log.warning("%s cannot be drawn: %s: %s", path, type(error).__name__, error)
+            log.debug("that picture", exc_info=True)
+            return None
+        return picture
+
+    def _views(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network is shown of some images, uint8 [b, 3, crop, crop], their labels [b], and which are good [b].
+
+        On other ranks than 0, and in place of an image that cannot be read, black.
+        """
+        views = torch.zeros(len(numbers), 3, self.crop, self.crop, dtype=torch.uint8)
+        labels, good = torch.full((len(numbers),), NO_LABEL), torch.zeros(len(numbers), dtype=torch.bool)
+        for i, number in enumerate(numbers if dist.get_global_rank() == 0 else ()):
+            try:
+                sample, pixels = self.images.decode(number)
+            except DataError:  # evaluation and training say what is wrong with it
+                continue
+            views[i], labels[i], good[i] = evaluation_view(pixels, self.resize, self.crop), sample.label, True
+        return views, labels, good
+
+    @torch.no_grad()
+    def _look(self, model: DINOv2) -> Looks | None:
+        """What the teacher says; None on other ranks than 0, or where no image can be read."""
+        shells = model.shells("teacher")
+        backbone, head = shells["backbone"], shells.get("dino_head")
+        net = model.networks("teacher")["backbone"]
+        device = next(backbone.parameters()).device
+        centre = model.dino_targets.center if isinstance(model.dino_targets, Centering) else 0.0  # [1, K]
+        close, rest = self.chosen[: self.closely], self.chosen[self.closely :]
+        batches = [close, *(rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size))]
+        found: list[tuple[Tensor, Tensor, Tensor]] = []  # thumbnails, class tokens, labels of each batch
+        usage: Usage | None = None
+        closely: tuple[Tensor, Tensor, Tensor] | None = None  # views, patch tokens, attention
+        with (
+            torch.compiler.set_stance("force_eager"),  # these shapes are not those that blocks are compiled for
+            nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast),
+            watch_attention(net) as attention,
+        ):
+            for batch in batches:
+                views, labels, good = self._views(batch)
+                tokens = backbone(model.normalize(views.to(device)))
+                logits = None if head is None else head(tokens.cls) - centre  # [b, K]
+                if closely is None:
+                    patches, of_class = tokens.patches.float().cpu(), attention.read(len(batch)).cpu()
+                    closely = views[good], patches[good], of_class[good]
+                if good.any():
+                    found.append((thumbnails(views[good]), tokens.cls.float().cpu()[good], labels[good]))
+                    if logits is not None:
+                        used = prototype_usage(logits[good.to(device)], self.temperature)
+                        usage = used if usage is None else usage + used
+        if not found or not len(closely[0]):
+            return None
+        side = self.crop // net.patch_size
+        thumbs, vectors, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return Looks(
+            thumbs,
+            vectors,
+            labels,
+            [name for _, name in self.images.classes],
+            closely[0],
+            closely[1],
+            (side, side),
+            closely[2],
+            net.num_prefix_tokens,
+            usage,
+        )

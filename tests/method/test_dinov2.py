@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dinocomp.build import build_model, crop_settings, mask_settings
-from dinocomp.callbacks.pictures import coloured
 from dinocomp.config import load_config
 from dinocomp.data import Batch, batch_masks, max_masked_patches
 from dinocomp.data.crops import draw_crops
@@ -15,6 +14,7 @@ from dinocomp.data.device import pack
 from dinocomp.method import DINOv2
 from dinocomp.method.ema import ema_update
 from dinocomp.method.parts import MaskedRows
+from dinocomp.pictures import coloured
 
 from ..helpers import CURRICULUM, TINY
 
