@@ -1,0 +1,353 @@
+"""The page of one run: `render`."""
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from dinocomp.config.load import all_keys
+from dinocomp.config.plan import show
+from dinocomp.report.markup import Safe, card, document, facts, join, moment, plots, section, table, tag
+from dinocomp.report.markup import plot as plot_of
+from dinocomp.report.panels import Chart, charts_of
+from dinocomp.report.pictures import inline, spread
+from dinocomp.report.record import RunRecord
+from dinocomp.report.verdict import Gauge, gauges_of, knn_of, verdicts
+from dinocomp.report.words import duration, flat, number, percent
+
+_PICTURES = 12  # of the PCA over time, in a page
+_PATIENCE = 600  # seconds without news, at least, after which a run that says it is running may be dead
+_NOTICED = {"good": "fine", "note": "note", "watch": "watch", "bad": "wrong"}
+_KINDS = {
+    "attention": ("Attention", "Where the last block's class token looks."),
+    "neighbours": ("Nearest neighbours", "Images, and those whose features are most like theirs."),
+    "embedding": ("Map of the features", "Each point is an image; near points have like features."),
+    "prototypes": ("Prototypes", "Images that the head puts under the same prototype."),
+}
+
+
+def render(record: RunRecord) -> str:
+    """The page, which needs nothing else: no file beside it and no network."""
+    charts = charts_of(record.metrics, record.evaluations)
+    parts = {
+        "curves": ("Curves", _curves(charts)),
+        "gauges": ("Health", _gauges(record, charts)),
+        "pictures": ("Pictures", _pictures(record)),
+        "evaluation": ("Evaluation", _results(record)),
+        "speed": ("Speed", _speed(charts)),
+        "schedules": ("Schedules", _schedules(charts)),
+        "teacher": ("Use the teacher", _teacher(record)),
+        "data": ("Data and run", _data(record)),
+        "settings": ("Settings", _settings(record)),
+        "log": ("Warnings", _log(record)),
+    }
+    links = [tag("li", tag("a", title, href=f"#{key}")) for key, (title, inside) in parts.items() if inside]
+    body = join(
+        [
+            _head(record),
+            tag("nav", tag("ul", *links), aria_label="Parts of the page"),
+            tag("main", *(inside for _, inside in parts.values())),
+            tag("footer", "Written by dinocomp", _version(record), ". ", _written(record)),
+        ]
+    )
+    return document(f"{record.name} – dinocomp", body, charts)
+
+
+def _written(record: RunRecord) -> Safe:
+    command = f"dinocomp report {shlex.quote(str(record.folder))}"
+    return join(["Made again at any time by ", tag("code", command), "."])
+
+
+def _version(record: RunRecord) -> str:
+    version = record.facts.get("versions", {}).get("dinocomp", "")
+    return f" {version}" if version else ""
+
+
+def _head(record: RunRecord) -> Safe:
+    done, total, status = record.iteration, record.iterations, record.status
+    share = f" ({percent(done / total, 0)})" if total else ""
+    line: list[object] = [f"iteration {done:,}" + (f" of {total:,}" if total else ""), share]
+    if status == "running" and math.isfinite(record.seconds_left):
+        line.append(f", about {duration(record.seconds_left)} left")
+    if updated := record.facts.get("updated"):
+        line += [" · last news ", moment(updated)]
+    news: Safe | str = ""
+    if status == "running" and updated:
+        patience = max(_PATIENCE, 20 * _or_zero(record.recent("seconds_per_iteration")))
+        box = tag("input", type="checkbox", id="refresh")
+        news = tag(
+            "p",
+            tag("span", data_updated=updated, data_patience=round(patience)),
+            tag("label", box, " load anew every minute", for_="refresh"),
+            class_="sub",
+        )
+    findings = [
+        tag(
+            "li",
+            tag("span", f"{_NOTICED[verdict.level]}: ", class_=f"level {verdict.level}"),
+            verdict.text,
+            tag("small", " ", verdict.remedy) if verdict.remedy else "",
+            class_=verdict.level,
+        )
+        for verdict in verdicts(record)
+    ]
+    return tag(
+        "header",
+        tag("p", "dinocomp · DINOv2 training", class_="kind"),
+        tag("div", tag("h1", record.name), tag("span", status, class_=f"badge {status}"), class_="top"),
+        tag("p", *line, class_="sub"),
+        tag("progress", value=done, max=total, aria_label="Iterations done") if total else "",
+        news,
+        tag("dl", *_cards(record), class_="cards"),
+        tag("ul", *findings, class_="verdicts", aria_label="What to know") if findings else "",
+    )
+
+
+def _cards(record: RunRecord) -> list[Safe]:
+    cards = []
+    if knn := knn_of(record.evaluations):
+        cards.append(card(f"k-NN accuracy (k = {knn.k})", percent(knn.last), f"iteration {knn.last_iteration:,}"))
+        if knn.last_iteration != knn.first_iteration:
+            cards.append(card("best k-NN accuracy", percent(knn.best), f"iteration {knn.best_iteration:,}"))
+    loss = record.recent("loss/total")
+    if math.isfinite(loss):
+        cards.append(card("loss", number(loss, 4), "median of the last lines"))
+    speed, wait = record.recent("images_per_second"), record.recent("data_wait")
+    if math.isfinite(speed):
+        cards.append(card("images a second", number(speed), f"data wait {percent(wait)}"))
+    if math.isfinite(record.training_seconds):
+        left = f"{duration(record.seconds_left)} left" if record.status == "running" else "without evaluations"
+        cards.append(card("time in training", duration(record.training_seconds), left))
+    memory = record.recent("memory_gb")
+    if math.isfinite(memory):
+        cards.append(card("memory", f"{memory:.1f} GB", "peak of a process"))
+    return cards
+
+
+def _of(charts: list[Chart], key: str) -> list[Chart]:
+    return [chart for chart in charts if chart.panel.section == key]
+
+
+def _curves(charts: list[Chart]) -> Safe:
+    words = (
+        "Drag across a chart to zoom all of them to those iterations; double click to see the whole run again; click a "
+        "name to hide its curve. The pale band shows the extremes of what each point is the mean of."
+    )
+    return section("curves", "Curves", plots(_of(charts, "curves")), words=words)
+
+
+def _gauges(record: RunRecord, charts: list[Chart]) -> Safe:
+    found = gauges_of(record)
+    figures = [
+        plot_of(
+            chart,
+            join(_judged(gauge) for gauge in found if any(gauge.key == name for name in _columns(chart, record))),
+        )
+        for chart in _of(charts, "gauges")
+    ]
+    words = "The teacher's collapse is how self-supervised training fails: its features become the same for all images."
+    return section("gauges", "Health", tag("div", *figures, class_="charts") if figures else "", words=words)
+
+
+def _columns(chart: Chart, record: RunRecord) -> list[str]:
+    from dinocomp.report.panels import columns_of
+
+    return [name.removeprefix("teacher/") for name in columns_of(chart.panel, record.metrics)]
+
+
+def _judged(gauge: Gauge) -> Safe:
+    looks = {"good": "looks fine", "note": "too early to say", "watch": "watch it", "bad": "looks like collapse"}
+    return tag(
+        "p",
+        tag("b", f"{gauge.title}. "),
+        f"Healthy: {gauge.healthy}. This run: {gauge.now} → ",
+        tag("span", looks[gauge.level], class_=f"level {gauge.level}"),
+        ".",
+    )
+
+
+def _pictures(record: RunRecord) -> Safe:
+    figures = []
+    over_time = [
+        (iteration, picture)
+        for iteration, path in spread(record.pictures.get("pca", []), _PICTURES)
+        if (picture := inline(path))
+    ]
+    if over_time:
+        images = [
+            tag(
+                "img",
+                src=picture.uri,
+                width=picture.width,
+                height=picture.height,
+                alt=f"PCA of patch features at iteration {iteration:,}",
+                data_iteration=iteration,
+            )
+            for iteration, picture in over_time
+        ]
+        slider = tag(
+            "div",
+            tag("label", "over time", for_="pca-slider"),
+            tag("input", type="range", id="pca-slider", min=0, max=len(images) - 1, step=1, value=len(images) - 1),
+            tag("output", for_="pca-slider"),
+            class_="slider",
+        )
+        words = (
+            "The three main directions of the patches' features as red, green and blue: like colours, like features."
+        )
+        figures.append(
+            tag("figure", _caption("PCA of the features", words), slider, *images, class_="wide", data_slider=True)
+        )
+    for kind in [*_KINDS, *sorted(record.pictures.keys() - _KINDS.keys() - {"pca"})]:
+        title, words = _KINDS.get(kind, (kind, ""))
+        for iteration, path in record.pictures.get(kind, [])[-1:]:
+            figures.append(_picture(path, f"{title}, iteration {iteration:,}", words))
+    if record.first_batch:
+        words = "Crops of the first batch as the networks were given them; grey patches are masked."
+        figures.append(_picture(record.first_batch, "First batch", words))
+    figures = [figure for figure in figures if figure]
+    return section("pictures", "Pictures", tag("div", *figures, class_="pictures") if figures else "")
+
+
+def _caption(title: str, words: str) -> Safe:
+    return tag("figcaption", tag("h3", title), tag("div", words, class_="words"))
+
+
+def _picture(path: Path, title: str, words: str) -> Safe:
+    picture = inline(path)
+    if picture is None:
+        return Safe()
+    image = tag(
+        "img", src=picture.uri, width=picture.width, height=picture.height, alt=f"{title}: {words}", loading="lazy"
+    )
+    return tag("figure", _caption(title, words), image)
+
+
+def _results(record: RunRecord) -> Safe:
+    """What `dinocomp evaluate` found, whatever protocols it has."""
+    protocols = record.results.get("protocols")
+    if not isinstance(protocols, dict):
+        return Safe()
+    rows = [
+        (protocol, name, _shown(value))
+        for protocol, numbers in protocols.items()
+        for name, value in (flat(numbers) if isinstance(numbers, dict) else {"": numbers}).items()
+        if isinstance(value, int | float | str)
+    ]
+    about = {key: record.results.get(key) for key in ("weights", "iteration", "train", "val")}
+    said = [(name, value) for name, value in about.items() if value is not None]
+    return section(
+        "evaluation",
+        "Evaluation",
+        facts(said),
+        table(("protocol", "measure", "value"), rows),
+        words="By dinocomp evaluate.",
+    )
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else str(value) if isinstance(value, bool) else number(float(value), 4)
+
+
+def _speed(charts: list[Chart]) -> Safe:
+    words = "Evaluations and checkpoints do not count. How to make a run faster: docs/performance.md."
+    return section("speed", "Speed", plots(_of(charts, "speed"), "small"), words=words)
+
+
+def _schedules(charts: list[Chart]) -> Safe:
+    return section("schedules", "Schedules", plots(_of(charts, "schedules"), "small"))
+
+
+def _teacher(record: RunRecord) -> Safe:
+    folder = shlex.quote(str(record.folder))
+    if not record.weights:
+        return section("teacher", "Use the teacher", tag("p", "There is none yet: it comes with the first checkpoint."))
+    blocks = []
+    for name in record.weights:
+        what = "of the newest checkpoint" if name == "teacher.safetensors" else "of the best k-NN accuracy"
+        code = (
+            "from dinocomp import load_teacher, prepare_image\n\n"
+            f"model = load_teacher({str(record.folder / name)!r})\n"
+            'image = prepare_image("photo.jpg", model)  # [1, 3, H, W]\n'
+            "tokens = model(image)  # tokens.cls [1, D], tokens.patches [1, N, D]"
+        )
+        blocks += [
+            tag("p", tag("code", name), f", the teacher {what}:") if len(record.weights) > 1 else "",
+            _code(code),
+        ]
+    commands = f"dinocomp evaluate {folder}   # k-NN, linear and other probes\ndinocomp show {folder}       # pictures of its features"
+    return section("teacher", "Use the teacher", *blocks, tag("p"), _code(commands))
+
+
+def _code(code: str) -> Safe:
+    return tag("pre", tag("code", code), tabindex="0")
+
+
+def _data(record: RunRecord) -> Safe:
+    known, config = record.facts, record.config
+    data, evaluation = known.get("data") or {}, known.get("evaluation") or {}
+    images, processes = data.get("images"), known.get("world_size")
+    rows: list[tuple[object, object]] = [
+        ("training images", data.get("path") or record.settings.get("train.dataset_path")),
+        ("how many", f"{images:,}" if isinstance(images, int) else ""),
+        ("labels", f"{data['classes']:,} classes" if data.get("classes") else "none" if data else ""),
+    ]
+    if evaluation:
+        rows += [
+            (f"evaluation: {what}", f"{evaluation.get(f'{split}_images', '?')} images, {evaluation.get(split, '?')}")
+            for split, what in (("train", "reference"), ("val", "held out"))
+        ]
+    if config and isinstance(processes, int):
+        batch = config.train.batch_size_per_gpu * processes
+        rows.append(("images an iteration", f"{batch:,} ({config.train.batch_size_per_gpu} on each of {processes})"))
+        if isinstance(images, int) and images:
+            rows.append(("passes over the images", number(record.iteration * batch / images)))
+    parameters = known.get("parameters") or {}
+    rows += [(f"parameters, {name}", f"{count:,}") for name, count in parameters.items() if isinstance(count, int)]
+    rows += [
+        ("processes", processes),
+        ("device", known.get("device")),
+        ("precision", known.get("precision")),
+        ("strategy", known.get("strategy")),
+        ("started", moment(known["started"]) if known.get("started") else ""),
+        ("versions", ", ".join(f"{name} {version}" for name, version in (known.get("versions") or {}).items())),
+        ("folder", record.folder),
+    ]
+    command = known.get("command")
+    return section("data", "Data and run", facts(rows), _code(str(command)) if command else "")
+
+
+def _settings(record: RunRecord) -> Safe:
+    defaults = all_keys()
+    rows = [
+        (
+            tag("code", name),
+            show(value),
+            show(known.default) if (known := defaults.get(name)) else "no such key",
+            known.meaning if known else "",
+        )
+        for name, value in record.settings.items()
+        if name not in defaults or value != defaults[name].default
+    ]
+    if not record.config_text:
+        return Safe()
+    listing = table(("key", "this run", "default", "meaning"), rows)
+    whole = tag("details", tag("summary", "the whole config.yaml"), _code(record.config_text))
+    words = "What differs from the defaults." if rows else "All are the defaults."
+    return section(
+        "settings", "Settings", Safe(listing.replace('class="table"', 'class="table stack"')), whole, words=words
+    )
+
+
+def _log(record: RunRecord) -> Safe:
+    items = [
+        tag("li", tag("small", warned.time, f" · {warned.count} times alike" if warned.count > 1 else ""), warned.text)
+        for warned in reversed(record.warnings[-50:])
+    ]
+    return section(
+        "log", "Warnings", tag("ul", *items, class_="log") if items else "", words="Of train.log, newest first."
+    )
+
+
+def _or_zero(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
