@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from dinocomp.config.load import all_keys
 from dinocomp.config.plan import show
-from dinocomp.report.markup import Safe, document, join, plots, section, table, tag
+from dinocomp.report.markup import Safe, document, image_of, join, plots, section, table, tag
 from dinocomp.report.panels import charts_together
 from dinocomp.report.pictures import inline
 from dinocomp.report.record import RunRecord
@@ -107,7 +107,7 @@ def _numbers(names: Sequence[str], records: Sequence[RunRecord]) -> Safe:
             continue
         best = better * max(better * value for value in known) if better and len(set(known)) > 1 else math.nan
         shown.append([title, *(tag("b", how(value)) if value == best else how(value) for value in values)])
-    return table(["", *_headings(names)], shown)
+    return table(["", *_headings(names)], shown, "Numbers")
 
 
 def _last(values: object) -> float:
@@ -124,7 +124,7 @@ def _differences(names: Sequence[str], records: Sequence[RunRecord]) -> Safe:
         if len(set(values)) > 1:
             rows.append([tag("code", key), *values])
     words = "Settings that are not the same in all runs." if rows else "All settings are the same."
-    listing = table(["key", *_headings(names)], rows) or tag("p")
+    listing = table(["key", *_headings(names)], rows, "Differences") or tag("p")
     return section("differences", "Differences", listing, words=words)
 
 
@@ -133,13 +133,7 @@ def _pictures(names: Sequence[str], records: Sequence[RunRecord]) -> Safe:
     for i, (name, record) in enumerate(zip(names, records, strict=True)):
         for iteration, path in record.pictures.get("pca", [])[-1:]:
             if picture := inline(path):
-                image = tag(
-                    "img",
-                    src=picture.uri,
-                    width=picture.width,
-                    height=picture.height,
-                    alt=f"PCA of patch features of {name} at iteration {iteration:,}",
-                )
+                image = image_of(picture, f"PCA of patch features of {name} at iteration {iteration:,}")
                 caption = tag("figcaption", tag("h3", _dot(i), f"{name}, iteration {iteration:,}"))
                 figures.append(tag("figure", caption, image))
     words = "The three main directions of the patches' features as red, green and blue, newest picture of each run."

@@ -10,6 +10,7 @@ from importlib import resources
 from string import Template
 
 from dinocomp.report.panels import Chart, Sheet
+from dinocomp.report.pictures import Inlined
 from dinocomp.report.words import number, percent
 
 
@@ -44,21 +45,22 @@ def section(key: str, title: str, *inside: object, words: object = "") -> Safe:
     return tag("section", tag("h2", title, id=f"{key}-title"), lead, *inside, id=key, aria_labelledby=f"{key}-title")
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]], caption: str = "") -> Safe:
-    """A table that scrolls by itself where it is wider than the page; the first cell of each row is its heading."""
-    body = [
-        tag(
-            "tr",
-            tag("th", cells[0], scope="row"),
-            *(tag("td", cell, data_label=head[i]) for i, cell in enumerate(cells[1:], 1)),
-        )
-        for cells in rows
-    ]
+def table(head: Sequence[object], rows: Iterable[Sequence[object]], label: str, *, stack: bool = False) -> Safe:
+    """A table that scrolls by itself where it is wider than the page; the first cell of each row is its heading.
+
+    Args:
+        label: what it is, for those who cannot see it.
+        stack: on a narrow screen, put the cells of a row one below the other.
+    """
+    body = []
+    for first, *rest in rows:
+        cells = [tag("td", cell, data_label=name) for cell, name in zip(rest, head[1:], strict=True)]
+        body.append(tag("tr", tag("th", first, scope="row"), *cells))
     if not body:
         return Safe()
     titles = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head)))
-    inside = tag("table", tag("caption", caption) if caption else "", titles, tag("tbody", *body))
-    return tag("div", inside, class_="table", tabindex="0", role="region", aria_label=caption or str(head[0]))
+    inside = tag("table", titles, tag("tbody", *body))
+    return tag("div", inside, class_="table stack" if stack else "table", tabindex="0", role="region", aria_label=label)
 
 
 def facts(rows: Iterable[tuple[object, object]]) -> Safe:
@@ -81,6 +83,10 @@ def moment(iso: object) -> Safe:
     when = when if when.tzinfo else when.replace(tzinfo=timezone.utc)
     shown = when.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return tag("time", shown, datetime=when.isoformat())
+
+
+def image_of(picture: Inlined, alt: str, **attributes: object) -> Safe:
+    return tag("img", src=picture.uri, width=picture.width, height=picture.height, alt=alt, **attributes)
 
 
 def plot(chart: Chart, words: object = "") -> Safe:

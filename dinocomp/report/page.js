@@ -52,12 +52,12 @@
     const axis = { gridcolor: grid, zeroline: false, linecolor: grid, tickfont: { size: 12, color: soft }, automargin: true };
     return {
       paper_bgcolor: card, plot_bgcolor: card, font: { color: ink, size: 13, family: "inherit" },
-      margin: { l: 44, r: 10, t: 8, b: 34 }, hovermode: "x unified", dragmode: coarse.matches ? false : "zoom",
+      margin: { l: 44, r: 10, t: coarse.matches ? 8 : 26, b: 34 }, modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: ink }, hovermode: "x unified", dragmode: coarse.matches ? false : "zoom",
       showlegend: plot.chart.curves.length > 1,
       legend: { orientation: "h", x: 0, y: -0.16, yanchor: "top", font: { size: 12 }, itemsizing: "constant" },
       hoverlabel: { bgcolor: card, bordercolor: colour("--line"), font: { color: ink, size: 12 } },
       xaxis: { ...axis, type: plot.logX ? "log" : "linear", range: plot.range, autorange: !plot.range, hoverformat: ",d", tickformat: plot.logX ? "" : "~s", nticks: 7, title: { text: "iteration", font: { size: 12, color: soft }, standoff: 4 } },
-      yaxis: { ...axis, type: plot.logY ? "log" : "linear", nticks: 6, exponentformat: "power", dtick: plot.logY && decades(plot) > 2 ? 1 : null, tickformat: plot.chart.percent ? ".0%" : "" },
+      yaxis: { ...axis, type: plot.logY ? "log" : "linear", nticks: 6, exponentformat: "power", dtick: plot.logY && decades(plot) > 2 ? 1 : null, tickformat: plot.chart.percent ? ".0%" : plot.logY ? "~g" : "" },
     };
   }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dinocomp.config.load import all_keys
 from dinocomp.config.plan import show
-from dinocomp.report.markup import Safe, card, document, facts, join, moment, plots, section, table, tag
+from dinocomp.report.markup import Safe, card, document, facts, image_of, join, moment, plots, section, table, tag
 from dinocomp.report.markup import plot as plot_of
 from dinocomp.report.panels import Chart, charts_of
 from dinocomp.report.pictures import inline, spread
@@ -106,12 +106,12 @@ def _head(record: RunRecord) -> Safe:
 def _cards(record: RunRecord) -> list[Safe]:
     cards = []
     if knn := knn_of(record.evaluations):
-        cards.append(card(f"k-NN accuracy (k = {knn.k})", percent(knn.last), f"iteration {knn.last_iteration:,}"))
+        cards.append(card("k-NN accuracy", percent(knn.last), f"k = {knn.k}, iteration {knn.last_iteration:,}"))
         if knn.last_iteration != knn.first_iteration:
             cards.append(card("best k-NN accuracy", percent(knn.best), f"iteration {knn.best_iteration:,}"))
     loss = record.recent("loss/total")
     if math.isfinite(loss):
-        cards.append(card("loss", number(loss, 4), "median of the last lines"))
+        cards.append(card("loss", number(loss, 4), "median of last lines"))
     speed, wait = record.recent("images_per_second"), record.recent("data_wait")
     if math.isfinite(speed):
         cards.append(card("images a second", number(speed), f"data wait {percent(wait)}"))
@@ -175,14 +175,7 @@ def _pictures(record: RunRecord) -> Safe:
     ]
     if over_time:
         images = [
-            tag(
-                "img",
-                src=picture.uri,
-                width=picture.width,
-                height=picture.height,
-                alt=f"PCA of patch features at iteration {iteration:,}",
-                data_iteration=iteration,
-            )
+            image_of(picture, f"PCA of patch features at iteration {iteration:,}", data_iteration=iteration)
             for iteration, picture in over_time
         ]
         slider = tag(
@@ -192,9 +185,7 @@ def _pictures(record: RunRecord) -> Safe:
             tag("output", for_="pca-slider"),
             class_="slider",
         )
-        words = (
-            "The three main directions of the patches' features as red, green and blue: like colours, like features."
-        )
+        words = "The patches' three main directions as red, green and blue: where colours are alike, features are."
         figures.append(
             tag("figure", _caption("PCA of the features", words), slider, *images, class_="wide", data_slider=True)
         )
@@ -217,10 +208,7 @@ def _picture(path: Path, title: str, words: str) -> Safe:
     picture = inline(path)
     if picture is None:
         return Safe()
-    image = tag(
-        "img", src=picture.uri, width=picture.width, height=picture.height, alt=f"{title}: {words}", loading="lazy"
-    )
-    return tag("figure", _caption(title, words), image)
+    return tag("figure", _caption(title, words), image_of(picture, f"{title}: {words}"))
 
 
 def _results(record: RunRecord) -> Safe:
@@ -240,7 +228,7 @@ def _results(record: RunRecord) -> Safe:
         "evaluation",
         "Evaluation",
         facts(said),
-        table(("protocol", "measure", "value"), rows),
+        table(("protocol", "measure", "value"), rows, "Results"),
         words="By dinocomp evaluate.",
     )
 
@@ -271,12 +259,9 @@ def _teacher(record: RunRecord) -> Safe:
             'image = prepare_image("photo.jpg", model)  # [1, 3, H, W]\n'
             "tokens = model(image)  # tokens.cls [1, D], tokens.patches [1, N, D]"
         )
-        blocks += [
-            tag("p", tag("code", name), f", the teacher {what}:") if len(record.weights) > 1 else "",
-            _code(code),
-        ]
-    commands = f"dinocomp evaluate {folder}   # k-NN, linear and other probes\ndinocomp show {folder}       # pictures of its features"
-    return section("teacher", "Use the teacher", *blocks, tag("p"), _code(commands))
+        blocks += [tag("p", tag("code", name), f", the teacher {what}:"), _code(code)]
+    commands = f"# k-NN, linear and other probes\ndinocomp evaluate {folder}\n\n# its features, in pictures\ndinocomp show {folder}"
+    return section("teacher", "Use the teacher", *blocks, tag("p", "In a terminal:"), _code(commands))
 
 
 def _code(code: str) -> Safe:
@@ -331,12 +316,10 @@ def _settings(record: RunRecord) -> Safe:
     ]
     if not record.config_text:
         return Safe()
-    listing = table(("key", "this run", "default", "meaning"), rows)
+    listing = table(("key", "this run", "default", "meaning"), rows, "Settings", stack=True)
     whole = tag("details", tag("summary", "the whole config.yaml"), _code(record.config_text))
     words = "What differs from the defaults." if rows else "All are the defaults."
-    return section(
-        "settings", "Settings", Safe(listing.replace('class="table"', 'class="table stack"')), whole, words=words
-    )
+    return section("settings", "Settings", listing, whole, words=words)
 
 
 def _log(record: RunRecord) -> Safe:

@@ -81,7 +81,7 @@ PANELS = (
         log=True,
     ),
     Panel("gauges", "feature_std", "Spread of features", ("teacher/feature_std",)),
-    Panel("gauges", "prototypes", "Prototypes in use", ("teacher/prototypes_*",), log=True),
+    Panel("gauges", "prototypes", "Prototypes in use", ("teacher/prototypes_*",)),
     Panel("gauges", "entropy", "Entropy of the targets (nats)", ("teacher/entropy_*",)),
     Panel("gauges", "centre", "Norm of the centre", ("teacher/center_norm_*",), "Settles, where centring is used."),
     Panel("speed", "speed", "Images a second", ("images_per_second",), "All processes together."),
@@ -95,9 +95,7 @@ PANELS = (
     ),
     Panel("speed", "pace", "Seconds an iteration", ("seconds_per_iteration",), log=True),
     Panel("speed", "memory", "Memory (GB)", ("memory_gb",), "Peak so far, of the first process."),
-    Panel(
-        "speed", "bad", "Bad steps and images", ("bad_steps", "bad_images"), "So far in the run; left out.", quiet=True
-    ),
+    Panel("speed", "bad", "Bad steps and images", ("bad_steps", "bad_images"), "So far in the run.", quiet=True),
     Panel("schedules", "lr", "Learning rate", ("lr", "last_layer_lr")),
     Panel("schedules", "weight_decay", "Weight decay", ("weight_decay",)),
     Panel("schedules", "momentum", "Momentum of the teacher", ("momentum",)),

@@ -12,6 +12,7 @@ from dinocomp.report.words import number, percent
 LEVELS = ("good", "note", "watch", "bad")  # from no cause for concern on
 _NOTHING_TO_GAIN = 0.02  # of data wait, below which data are no bottleneck (docs/performance-data.md)
 _WAITING = 0.1  # above which they are one
+_SHORT = 160  # characters of a warning
 _SLIPPED = 0.02  # of k-NN accuracy below the best
 
 
@@ -109,9 +110,9 @@ def verdicts(record: RunRecord) -> list[Verdict]:
     """What is worth knowing at a glance, the worst first."""
     found = [*_ending(record), *_features(record), *_collapse(record), *_numbers(record), *_data(record)]
     if record.warnings:
-        count = sum(warned.count for warned in record.warnings)
-        what = "a warning" if count == 1 else f"{count} warnings"
-        found.append(Verdict("note", f"The log holds {what}.", "They are at the end of this page."))
+        count, newest = sum(warned.count for warned in record.warnings), record.warnings[-1].text
+        text = f"{count} warning{'s' * (count > 1)} in the log, the newest: {newest[:_SHORT]}{'…' * (len(newest) > _SHORT)}"
+        found.append(Verdict("note", text, "All are at the end of this page."))
     found += [Verdict("note", note) for note in record.notes]
     return sorted(found, key=lambda verdict: -LEVELS.index(verdict.level))
 
@@ -119,9 +120,7 @@ def verdicts(record: RunRecord) -> list[Verdict]:
 def _ending(record: RunRecord) -> list[Verdict]:
     if record.status == "failed":
         why = str(record.facts.get("error") or "an error, which its log tells")
-        return [
-            Verdict("bad", f"The run failed: {why}", "Mend the cause, and give the same command again: it goes on.")
-        ]
+        return [Verdict("bad", f"The run failed: {why}", "The same command goes on, once the cause is mended.")]
     if record.status == "stopped":
         text = f"Stopped at iteration {record.iteration:,} of {record.iterations:,}, with a checkpoint."
         return [Verdict("note", text, "The same command goes on.")]
@@ -141,7 +140,7 @@ def _features(record: RunRecord) -> list[Verdict]:
             )
         ]
     if knn.best - knn.last > _SLIPPED:
-        text = f"k-NN accuracy was {percent(knn.best)} at iteration {knn.best_iteration:,}, and is {percent(knn.last)} now."
+        text = f"k-NN accuracy was {percent(knn.best)} at iteration {knn.best_iteration:,}, is {percent(knn.last)} now."
         kept = "best_teacher.safetensors" in record.weights
         where = "best_teacher.safetensors" if kept else f"evaluation/iteration-{knn.best_iteration:08d}"
         return [Verdict("watch", text, f"The better teacher is kept in {where}.")]
