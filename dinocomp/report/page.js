@@ -54,12 +54,15 @@
       paper_bgcolor: card, plot_bgcolor: card, font: { color: ink, size: 13, family: "inherit" },
       margin: { l: 44, r: 10, t: coarse.matches ? 8 : 26, b: 34 }, modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: ink }, hovermode: "x unified", dragmode: coarse.matches ? false : "zoom",
       showlegend: plot.chart.curves.length > 1,
-      legend: { orientation: "h", x: 0, y: -0.16, yanchor: "top", font: { size: 12 }, itemsizing: "constant" },
+      legend: { orientation: "h", x: 0, xref: "container", yref: "container", y: 0, yanchor: "bottom", font: { size: 12 }, itemsizing: "constant" },
       hoverlabel: { bgcolor: card, bordercolor: colour("--line"), font: { color: ink, size: 12 } },
       xaxis: { ...axis, type: plot.logX ? "log" : "linear", range: plot.range, autorange: !plot.range, hoverformat: ",d", tickformat: plot.logX ? "" : "~s", nticks: 7, title: { text: "iteration", font: { size: 12, color: soft }, standoff: 4 } },
-      yaxis: { ...axis, type: plot.logY ? "log" : "linear", nticks: 6, exponentformat: "power", dtick: plot.logY && decades(plot) > 2 ? 1 : null, tickformat: plot.chart.percent ? ".0%" : plot.logY ? "~g" : "" },
+      yaxis: { ...axis, type: plot.logY ? "log" : "linear", nticks: 6, dtick: plot.logY && decades(plot) > 2 ? 1 : null, tickformat: plot.chart.percent ? ".1~%" : "~g", rangemode: plot.logY || varies(plot) ? "normal" : "tozero" },
     };
   }
+
+  // Of a constant, an axis from 0 on is drawn: around one, it would reach from 1 below to 1 above.
+  const varies = (plot) => new Set(plot.chart.curves.flatMap((curve) => curve.y).filter((value) => value !== null)).size > 1;
 
   function decades(plot) {
     const values = plot.chart.curves.flatMap((curve) => curve.y).filter((value) => value > 0);

@@ -195,7 +195,7 @@ def _pictures(record: RunRecord) -> Safe:
             figures.append(_picture(path, f"{title}, iteration {iteration:,}", words))
     if record.first_batch:
         words = "Crops of the first batch as the networks were given them; grey patches are masked."
-        figures.append(_picture(record.first_batch, "First batch", words))
+        figures.append(_picture(record.first_batch, "First batch", words, class_="wide"))
     figures = [figure for figure in figures if figure]
     return section("pictures", "Pictures", tag("div", *figures, class_="pictures") if figures else "")
 
@@ -204,11 +204,11 @@ def _caption(title: str, words: str) -> Safe:
     return tag("figcaption", tag("h3", title), tag("div", words, class_="words"))
 
 
-def _picture(path: Path, title: str, words: str) -> Safe:
+def _picture(path: Path, title: str, words: str, **attributes: str) -> Safe:
     picture = inline(path)
     if picture is None:
         return Safe()
-    return tag("figure", _caption(title, words), image_of(picture, f"{title}: {words}"))
+    return tag("figure", _caption(title, words), image_of(picture, f"{title}: {words}"), **attributes)
 
 
 def _results(record: RunRecord) -> Safe:

@@ -111,7 +111,8 @@ def verdicts(record: RunRecord) -> list[Verdict]:
     found = [*_ending(record), *_features(record), *_collapse(record), *_numbers(record), *_data(record)]
     if record.warnings:
         count, newest = sum(warned.count for warned in record.warnings), record.warnings[-1].text
-        text = f"{count} warning{'s' * (count > 1)} in the log, the newest: {newest[:_SHORT]}{'…' * (len(newest) > _SHORT)}"
+        newest = newest if len(newest) <= _SHORT else f"{newest[:_SHORT]}…"
+        text = f"{count} warning{'s' * (count > 1)} in the log, the newest: {newest}"
         found.append(Verdict("note", text, "All are at the end of this page."))
     found += [Verdict("note", note) for note in record.notes]
     return sorted(found, key=lambda verdict: -LEVELS.index(verdict.level))
