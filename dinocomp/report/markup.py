@@ -99,7 +99,7 @@ def plot(chart: Chart, words: object = "") -> Safe:
     aria = f"{chart.title}, {len(chart.curves)} curve(s) over iterations. Last values: {'; '.join(last)}."
     buttons = [
         tag("button", words, type="button", data_do=do, aria_pressed="false")
-        for do, words in (("smooth", "smooth"), ("x", "log x"), ("y", "log y"))
+        for do, words in (("smooth", "smooth"), ("x", "log x"), ("y", "log y"), ("zoom", "zoom"))
         if not (chart.panel.rare and do == "smooth")
     ]
     words = words or chart.panel.words

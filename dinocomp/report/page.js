@@ -52,7 +52,7 @@
     const axis = { gridcolor: grid, zeroline: false, linecolor: grid, tickfont: { size: 12, color: soft }, automargin: true };
     return {
       paper_bgcolor: card, plot_bgcolor: card, font: { color: ink, size: 13, family: "inherit" },
-      margin: { l: 44, r: 10, t: coarse.matches ? 8 : 26, b: 34 }, modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: ink }, hovermode: "x unified", dragmode: coarse.matches ? false : "zoom",
+      margin: { l: 44, r: 10, t: coarse.matches ? 8 : 26, b: 34 }, modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: ink }, hovermode: "x unified", dragmode: plot.zoom || !coarse.matches ? "zoom" : false,
       showlegend: plot.chart.curves.length > 1,
       legend: { orientation: "h", x: 0, xref: "container", yref: "container", y: 0, yanchor: "bottom", font: { size: 12 }, itemsizing: "constant" },
       hoverlabel: { bgcolor: card, bordercolor: colour("--line"), font: { color: ink, size: 12 } },
@@ -99,16 +99,17 @@
   for (const div of document.querySelectorAll("[data-chart]")) {
     const chart = data.charts[div.dataset.chart];
     if (!chart) continue;
-    const plot = { div, chart, logX: false, logY: chart.log, smooth: false, range: null };
+    const plot = { div, chart, logX: false, logY: chart.log, smooth: false, zoom: false, range: null };
     plots.push(plot);
     for (const button of div.parentElement.querySelectorAll("button[data-do]")) {
-      const key = { x: "logX", y: "logY", smooth: "smooth" }[button.dataset.do];
+      const key = { x: "logX", y: "logY", smooth: "smooth", zoom: "zoom" }[button.dataset.do];
       button.setAttribute("aria-pressed", plot[key]);
       button.addEventListener("click", () => {
         plot[key] = !plot[key];
-        if (key === "logX") plot.range = null;
+        if (key === "logX" || key === "zoom") plot.range = null;
         button.setAttribute("aria-pressed", plot[key]);
         draw(plot);
+        if (key === "zoom" && !plot.zoom) Plotly.relayout(div, { "xaxis.autorange": true, "yaxis.autorange": true });
       });
     }
     Plotly.newPlot(div, traces(plot), layout(plot), config).then(() => div.on("plotly_relayout", (event) => follow(plot, event)));

@@ -130,8 +130,9 @@ def _of(charts: list[Chart], key: str) -> list[Chart]:
 
 def _curves(charts: list[Chart]) -> Safe:
     words = (
-        "Drag across a chart to zoom all of them to those iterations; double click to see the whole run again; click a "
-        "name to hide its curve. The pale band shows the extremes of what each point is the mean of."
+        "Drag across a chart (on a phone, after its zoom button) to zoom all of them to those iterations; double click to "
+        "see the whole run again; click a name to hide its curve. Where a point is the mean of several lines, a pale "
+        "band shows their extremes."
     )
     return section("curves", "Curves", plots(_of(charts, "curves")), words=words)
 
@@ -260,7 +261,8 @@ def _teacher(record: RunRecord) -> Safe:
             "tokens = model(image)  # tokens.cls [1, D], tokens.patches [1, N, D]"
         )
         blocks += [tag("p", tag("code", name), f", the teacher {what}:"), _code(code)]
-    commands = f"# k-NN, linear and other probes\ndinocomp evaluate {folder}\n\n# its features, in pictures\ndinocomp show {folder}"
+    what = {"evaluate": "k-NN, linear and other probes", "show": "its features, in pictures"}
+    commands = "\n\n".join(f"# {words}\ndinocomp {command} {folder}" for command, words in what.items())
     return section("teacher", "Use the teacher", *blocks, tag("p", "In a terminal:"), _code(commands))
 
 
