@@ -13,6 +13,8 @@ from dinocomp.report.panels import Chart, Sheet
 from dinocomp.report.pictures import Inlined
 from dinocomp.report.words import number, percent
 
+_EMPTY = ("img", "input")  # elements that have no end
+
 
 class Safe(str):
     """Text that is HTML already."""
@@ -34,7 +36,7 @@ def tag(name: str, *inside: object, **attributes: object) -> Safe:
         for key, value in attributes.items()
         if value is not None and value is not False
     )
-    return Safe(f"<{name}{written}>{join(inside)}</{name}>")
+    return Safe(f"<{name}{written}>" + ("" if name in _EMPTY else f"{join(inside)}</{name}>"))
 
 
 def section(key: str, title: str, *inside: object, words: object = "") -> Safe:

@@ -13,7 +13,7 @@ from dinocomp.report.panels import Chart, charts_of
 from dinocomp.report.pictures import inline, spread
 from dinocomp.report.record import RunRecord
 from dinocomp.report.verdict import Gauge, gauges_of, knn_of, verdicts
-from dinocomp.report.words import duration, flat, number, percent
+from dinocomp.report.words import count, duration, flat, number, percent
 
 _PICTURES = 12  # of the PCA over time, in a page
 _PATIENCE = 600  # seconds without news, at least, after which a run that says it is running may be dead
@@ -59,7 +59,7 @@ def _written(record: RunRecord) -> Safe:
 
 
 def _version(record: RunRecord) -> str:
-    version = record.facts.get("versions", {}).get("dinocomp", "")
+    version = record.part("versions").get("dinocomp", "")
     return f" {version}" if version else ""
 
 
@@ -130,8 +130,8 @@ def _of(charts: list[Chart], key: str) -> list[Chart]:
 
 def _curves(charts: list[Chart]) -> Safe:
     words = (
-        "Drag across a chart (on a phone, after its zoom button) to zoom all of them to those iterations; double click to "
-        "see the whole run again; click a name to hide its curve. Where a point is the mean of several lines, a pale "
+        "Drag across a chart (on a phone, after its zoom button) to zoom all of them to those iterations; double click "
+        "to see the whole run again; click a name to hide its curve. Where a point is the mean of many lines, a pale "
         "band shows their extremes."
     )
     return section("curves", "Curves", plots(_of(charts, "curves")), words=words)
@@ -272,16 +272,19 @@ def _code(code: str) -> Safe:
 
 def _data(record: RunRecord) -> Safe:
     known, config = record.facts, record.config
-    data, evaluation = known.get("data") or {}, known.get("evaluation") or {}
+    data, evaluation, parameters = record.part("data"), record.part("evaluation"), record.part("parameters")
     images, processes = data.get("images"), known.get("world_size")
     rows: list[tuple[object, object]] = [
         ("training images", data.get("path") or record.settings.get("train.dataset_path")),
-        ("how many", f"{images:,}" if isinstance(images, int) else ""),
-        ("labels", f"{data['classes']:,} classes" if data.get("classes") else "none" if data else ""),
+        ("how many", "" if images is None else count(images)),
+        ("labels", f"{count(data['classes'])} classes" if data.get("classes") else "none" if data else ""),
     ]
     if evaluation:
         rows += [
-            (f"evaluation: {what}", f"{evaluation.get(f'{split}_images', '?')} images, {evaluation.get(split, '?')}")
+            (
+                f"evaluation: {what}",
+                f"{count(evaluation.get(f'{split}_images', '?'))} images, {evaluation.get(split, '?')}",
+            )
             for split, what in (("train", "reference"), ("val", "held out"))
         ]
     if config and isinstance(processes, int):
@@ -289,15 +292,14 @@ def _data(record: RunRecord) -> Safe:
         rows.append(("images an iteration", f"{batch:,} ({config.train.batch_size_per_gpu} on each of {processes})"))
         if isinstance(images, int) and images:
             rows.append(("passes over the images", number(record.iteration * batch / images)))
-    parameters = known.get("parameters") or {}
-    rows += [(f"parameters, {name}", f"{count:,}") for name, count in parameters.items() if isinstance(count, int)]
+    rows += [(f"parameters, {name}", count(value)) for name, value in parameters.items()]
     rows += [
         ("processes", processes),
         ("device", known.get("device")),
         ("precision", known.get("precision")),
         ("strategy", known.get("strategy")),
         ("started", moment(known["started"]) if known.get("started") else ""),
-        ("versions", ", ".join(f"{name} {version}" for name, version in (known.get("versions") or {}).items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in record.part("versions").items())),
         ("folder", record.folder),
     ]
     command = known.get("command")

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import statistics
-from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from dinocomp.config.keys import walk
 from dinocomp.errors import ConfigError, DataError
 from dinocomp.hints import missing
 from dinocomp.output import CONFIG, LOG
+from dinocomp.report.words import flat
 
 FACTS = "run.json"
 METRICS = "metrics.jsonl"
@@ -26,6 +26,7 @@ RESULTS = Path("evaluate", "results.json")
 STATUSES = ("running", "finished", "stopped", "failed")
 _WARNING = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ warning: (.*)")
 _ITERATION = re.compile(r"iteration-(\d+)")
+_NUMBERS = {int, float, type(None)}
 _DIGITS = re.compile(r"\d[\d,.]*")
 
 Table = dict[str, np.ndarray]
@@ -78,6 +79,11 @@ class RunRecord:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        """The facts of that name, which are several (`data`, `parameters`, …); empty where there are none."""
+        found = self.facts.get(name)
+        return found if isinstance(found, dict) else {}
 
     @property
     def iteration(self) -> int:
@@ -214,24 +220,23 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _read_table(path: Path, notes: list[str]) -> Table:
     """The numbers of a file with one JSON object a line; lines that are cut short are left out."""
-    columns: dict[str, array] = {}
-    length = bad = 0
+    blocks: list[tuple[tuple[str, ...], list[list[Any]]]] = []  # lines on end that have the same names
+    bad = 0
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    numbers = dict(_numbers(json.loads(line)))
-                except (ValueError, AttributeError):
+                    numbers = json.loads(line)
+                    if not set(map(type, numbers.values())) <= _NUMBERS:
+                        numbers = {name: value for name, value in flat(numbers).items() if type(value) in _NUMBERS}
+                    int(numbers["iteration"])
+                except (ValueError, AttributeError, KeyError, TypeError):
                     bad += bool(line.strip())
                     continue
-                if "iteration" not in numbers:
-                    bad += 1
-                    continue
-                for name in numbers.keys() - columns.keys():
-                    columns[name] = array("d", [math.nan]) * length
-                for name, column in columns.items():
-                    column.append(numbers.get(name, math.nan))
-                length += 1
+                names = tuple(numbers)
+                if not blocks or blocks[-1][0] != names:
+                    blocks.append((names, []))
+                blocks[-1][1].append(list(numbers.values()))
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -239,23 +244,19 @@ def _read_table(path: Path, notes: list[str]) -> Table:
         return {}
     if bad:
         notes.append(f"{path.name}: {bad} line(s) cannot be read, perhaps cut short, and are left out")
-    if not length:
+    if not blocks:
         return {}
-    table = {name: np.frombuffer(column, dtype=np.float64) for name, column in columns.items()}
+    length, at = sum(len(lines) for _, lines in blocks), 0
+    table = {name: np.full(length, math.nan) for name in dict.fromkeys(name for names, _ in blocks for name in names)}
+    for names, lines in blocks:
+        numbers = np.array(lines, dtype=np.float64)  # [lines, names]; None becomes NaN
+        for i, name in enumerate(names):
+            table[name][at : at + len(lines)] = numbers[:, i]
+        at += len(lines)
     # Where iterations were done again after a restart, those count that were written last.
     after = np.minimum.accumulate(table["iteration"][::-1])[::-1]
     kept = table["iteration"] < np.append(after[1:], np.inf)
     return {name: column[kept] for name, column in table.items()}
-
-
-def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif value is None:
-            yield prefix + name, math.nan
-        elif isinstance(value, int | float):
-            yield prefix + name, float(value)
 
 
 def _read_warnings(path: Path) -> list[Warned]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinocomp.method.gauges import LEAST_PROTOTYPES, LEAST_SPREAD, MOST_ENTROPY, signs_of_collapse
+from dinocomp.collapse import LEAST_PROTOTYPES, LEAST_SPREAD, MOST_ENTROPY, signs_of_collapse
 from dinocomp.report.record import RunRecord, Table
 from dinocomp.report.words import number, percent
 

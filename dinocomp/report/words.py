@@ -9,6 +9,11 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %" if math.isfinite(share) else "–"
 
 
+def count(value: object) -> str:
+    """A whole number; anything else as it is."""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def number(value: float, digits: int = 3) -> str:
     """Three digits, or all of a whole number."""
     if not math.isfinite(value):
