@@ -37,9 +37,7 @@ def main(run: Path, images: Path = IMAGES) -> None:
     found = {"pca": sorted(run.glob("pictures/iteration-*/pca.png"))[-1:], "curves": [run / "pictures" / "curves.png"]}
     for name, paths in found.items():
         if not paths or not paths[0].is_file():
-            sys.exit(
-                f"{run} has no picture `{name}`; train with `composer dinocomp/train.py yamls/quickstart.yaml` first"
-            )
+            sys.exit(f"{run} has no picture `{name}`; first type: composer dinocomp/train.py yamls/quickstart.yaml")
     images.mkdir(exist_ok=True)
     for name, (path,) in found.items():
         target = images / f"quickstart-{name}.png"

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from dinocomp.config.load import all_keys
 from dinocomp.config.plan import show
-from dinocomp.report.markup import Safe, document, image_of, join, plots, section, table, tag
-from dinocomp.report.panels import charts_together
+from dinocomp.report.markup import HOW_TO_ZOOM, Safe, document, image_of, join, plots, section, table, tag
+from dinocomp.report.panels import Chart, charts_together
 from dinocomp.report.pictures import inline
 from dinocomp.report.record import RunRecord
 from dinocomp.report.verdict import knn_of
@@ -27,7 +27,7 @@ def render_comparison(records: Sequence[RunRecord]) -> str:
         "numbers": ("Numbers", section("numbers", "Numbers", _numbers(names, records))),
         "differences": ("Differences", _differences(names, records)),
         **{
-            key: (title, section(key, title, plots([c for c in charts if c.panel.section == key])))
+            key: (title, section(key, title, plots(_of(charts, key)), words=HOW_TO_ZOOM if key == "curves" else ""))
             for key, title in _SECTIONS.items()
         },
         "pictures": ("Pictures", _pictures(names, records)),
@@ -63,6 +63,10 @@ def short_names(records: Sequence[RunRecord]) -> list[str]:
             for name, record in zip(names, records, strict=True)
         ]
     return names
+
+
+def _of(charts: Sequence[Chart], key: str) -> list[Chart]:
+    return [chart for chart in charts if chart.panel.section == key]
 
 
 def _dot(run: int) -> Safe:

@@ -13,6 +13,11 @@ from dinocomp.report.panels import Chart, Sheet
 from dinocomp.report.pictures import Inlined
 from dinocomp.report.words import number, percent
 
+HOW_TO_ZOOM = (
+    "Drag across a chart (on a phone, after its zoom button) to zoom all of them to those iterations; double click "
+    "to see the whole run again; click a name to hide its curve. Where a point is the mean of many lines, a pale "
+    "band shows their extremes."
+)
 _EMPTY = ("img", "input")  # elements that have no end
 
 

@@ -57,7 +57,7 @@
       legend: { orientation: "h", x: 0, xref: "container", yref: "container", y: 0, yanchor: "bottom", font: { size: 12 }, itemsizing: "constant" },
       hoverlabel: { bgcolor: card, bordercolor: colour("--line"), font: { color: ink, size: 12 } },
       xaxis: { ...axis, type: plot.logX ? "log" : "linear", range: plot.range, autorange: !plot.range, hoverformat: ",d", tickformat: plot.logX ? "" : "~s", nticks: 7, title: { text: "iteration", font: { size: 12, color: soft }, standoff: 4 } },
-      yaxis: { ...axis, type: plot.logY ? "log" : "linear", nticks: 6, dtick: plot.logY && decades(plot) > 2 ? 1 : null, tickformat: plot.chart.percent ? ".1~%" : "~g", rangemode: plot.logY || varies(plot) ? "normal" : "tozero" },
+      yaxis: { ...axis, type: plot.logY ? "log" : "linear", nticks: 6, dtick: plot.logY ? logTicks(plot) : null, tickformat: plot.chart.percent ? ".1~%" : "~g", rangemode: plot.logY || varies(plot) ? "normal" : "tozero" },
     };
   }
 
@@ -70,6 +70,9 @@
     for (const value of values) { low = Math.min(low, value); high = Math.max(high, value); }
     return values.length ? Math.log10(high / low) : 0;
   }
+
+  // Powers of ten; or 1, 2, 5 of each; or as plotly likes, where less than a decade is seen.
+  const logTicks = (plot) => (decades(plot) > 2 ? 1 : decades(plot) > 0.6 ? "D2" : null);
 
   const config = {
     responsive: true, displaylogo: false, displayModeBar: coarse.matches ? false : "hover",

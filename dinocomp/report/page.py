@@ -7,9 +7,22 @@ from typing import Any
 
 from dinocomp.config.load import all_keys
 from dinocomp.config.plan import show
-from dinocomp.report.markup import Safe, card, document, facts, image_of, join, moment, plots, section, table, tag
+from dinocomp.report.markup import (
+    HOW_TO_ZOOM,
+    Safe,
+    card,
+    document,
+    facts,
+    image_of,
+    join,
+    moment,
+    plots,
+    section,
+    table,
+    tag,
+)
 from dinocomp.report.markup import plot as plot_of
-from dinocomp.report.panels import Chart, charts_of
+from dinocomp.report.panels import Chart, charts_of, columns_of
 from dinocomp.report.pictures import inline, spread
 from dinocomp.report.record import RunRecord
 from dinocomp.report.verdict import Gauge, gauges_of, knn_of, verdicts
@@ -129,38 +142,25 @@ def _of(charts: list[Chart], key: str) -> list[Chart]:
 
 
 def _curves(charts: list[Chart]) -> Safe:
-    words = (
-        "Drag across a chart (on a phone, after its zoom button) to zoom all of them to those iterations; double click "
-        "to see the whole run again; click a name to hide its curve. Where a point is the mean of many lines, a pale "
-        "band shows their extremes."
-    )
-    return section("curves", "Curves", plots(_of(charts, "curves")), words=words)
+    return section("curves", "Curves", plots(_of(charts, "curves")), words=HOW_TO_ZOOM)
 
 
 def _gauges(record: RunRecord, charts: list[Chart]) -> Safe:
     found = gauges_of(record)
-    figures = [
-        plot_of(
-            chart,
-            join(_judged(gauge) for gauge in found if any(gauge.key == name for name in _columns(chart, record))),
-        )
-        for chart in _of(charts, "gauges")
-    ]
+    figures = []
+    for chart in _of(charts, "gauges"):
+        names = columns_of(chart.panel, record.metrics)
+        judged = [gauge for gauge in found if f"teacher/{gauge.key}" in names]
+        figures.append(plot_of(chart, join(_judged(gauge, alone=len(judged) == 1) for gauge in judged)))
     words = "The teacher's collapse is how self-supervised training fails: its features become the same for all images."
     return section("gauges", "Health", tag("div", *figures, class_="charts") if figures else "", words=words)
 
 
-def _columns(chart: Chart, record: RunRecord) -> list[str]:
-    from dinocomp.report.panels import columns_of
-
-    return [name.removeprefix("teacher/") for name in columns_of(chart.panel, record.metrics)]
-
-
-def _judged(gauge: Gauge) -> Safe:
+def _judged(gauge: Gauge, *, alone: bool) -> Safe:
     looks = {"good": "looks fine", "note": "too early to say", "watch": "watch it", "bad": "looks like collapse"}
     return tag(
         "p",
-        tag("b", f"{gauge.title}. "),
+        "" if alone else tag("b", f"{gauge.title}. "),
         f"Healthy: {gauge.healthy}. This run: {gauge.now} → ",
         tag("span", looks[gauge.level], class_=f"level {gauge.level}"),
         ".",
