@@ -8,11 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from dinocomp.callbacks import report as module
 from dinocomp.callbacks.report import Report
 from dinocomp.report import read_run
+from dinocomp.train import main
 
+from ..helpers import weights, words, yaml_of_nothing
 from ..report.folders import line, write_run
 
 
@@ -141,3 +144,13 @@ def test_it_can_be_off_and_is_of_rank_0(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module.dist, "get_global_rank", lambda: 1)
     other = Pages(write_run(tmp_path / "other", status=None))
     assert not other.at("fit_start", 0) and not other.at("fit_end", 5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_cache")
+def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
+    for name in ("false", "true"):
+        assert main([yaml_of_nothing(tmp_path), *words(tmp_path / name, loggers__report=name)]) == 0
+    assert (tmp_path / "true" / "report.html").exists() and not (tmp_path / "false" / "report.html").exists()
+    without, with_pages = (weights(tmp_path / name, 12) for name in ("false", "true"))
+    assert not [name for name in without if not torch.equal(without[name], with_pages[name])]
