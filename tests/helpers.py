@@ -46,7 +46,6 @@ TINY = {
     "loggers.report": "false",
     "checkpoint.save_frequency": 1,
     "loggers.period_iterations": 1,
-    "loggers.report": "false",  # a page takes longer than a step
 }
 
 # Smaller crops up to the 7th of a tiny run's 12 iterations, of 3 x 3 patches.

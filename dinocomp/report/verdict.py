@@ -38,7 +38,7 @@ class Gauge:
 
 @dataclass(frozen=True)
 class Knn:
-    """k-NN accuracy over a run, of the smallest k that was measured."""
+    """k-NN accuracy over a run, of the first k that was measured; the best teacher is chosen by it, too."""
 
     k: int
     first: float
@@ -51,8 +51,7 @@ class Knn:
 
 def knn_of(evaluations: Table) -> Knn | None:
     """None where nothing was evaluated."""
-    ks = sorted(int(name.rpartition("/")[2]) for name in evaluations if name.startswith("knn_top1/"))
-    for k in ks:
+    for k in (int(name.rpartition("/")[2]) for name in evaluations if name.startswith("knn_top1/")):
         values = evaluations[f"knn_top1/{k}"]
         known = np.isfinite(values)
         if known.any():

@@ -65,7 +65,7 @@ def test_gauges_say_what_is_healthy_and_wait_for_the_warm_up(tmp_path: Path) -> 
     assert not any(verdict.level == "bad" for verdict in verdicts(early))
 
 
-def test_knn_of_the_fewest_neighbours(tmp_path: Path) -> None:
+def test_knn_of_the_first_k(tmp_path: Path) -> None:
     knn = knn_of(read_run(write_run(tmp_path / "run", knn={0: 0.5, 500: 0.9, 1000: 0.8})).evaluations)
     assert (knn.k, knn.first, knn.last, knn.best, knn.best_iteration) == (10, 0.5, 0.8, 0.9, 500)
     assert knn_of({}) is None
