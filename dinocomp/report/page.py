@@ -32,7 +32,7 @@ _KINDS = {
     "attention": ("Attention", "Where the last block's class token looks."),
     "neighbours": ("Nearest neighbours", "Images, and those whose features are most like theirs."),
     "embedding": ("Map of the features", "Each point is an image; near points have like features."),
-    "prototypes": ("Prototypes", "Images that the head puts under the same prototype."),
+    "prototypes": ("Prototypes", "How many of the head's prototypes are used, and how evenly."),
 }
 
 
