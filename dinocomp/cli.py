@@ -6,11 +6,18 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from dinocomp.commands import convert, plan, recipes, show
+from dinocomp.commands import compare, convert, plan, recipes, report, show
 from dinocomp.errors import DataError, DinocompError
 from dinocomp.hints import nearest
 
-_COMMANDS = {"convert": convert, "plan": plan, "recipes": recipes, "show": show}
+_COMMANDS = {
+    "convert": convert,
+    "plan": plan,
+    "recipes": recipes,
+    "show": show,
+    "report": report,
+    "compare": compare,
+}
 _TAKE_WORDS = (plan,)  # whose rest are key=value words
 
 

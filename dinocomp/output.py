@@ -16,7 +16,8 @@ from dinocomp.errors import ConfigError
 LOG = "train.log"
 CONFIG = "config.yaml"
 _LAST_BREATH = 8  # seconds that a killed run's data workers may still hold its lock
-RUN_FILES = (CONFIG, "metrics.jsonl", "evaluation.jsonl", LOG)  # small, and copied with each checkpoint
+# Copied with each checkpoint: small, but for the page's few megabytes.
+RUN_FILES = (CONFIG, "metrics.jsonl", "evaluation.jsonl", LOG, "run.json", "report.html")
 
 
 @contextmanager

@@ -76,15 +76,20 @@ def train(arguments: Sequence[str]) -> int:
         if first and tuple(list_checkpoints(start.output / "checkpoints")) != start.seen:
             raise ConfigError(f"another run was at work in {start.output} just now. Give the same command again.")
         _say_start(loaded, start)
-        run = build_run(loaded.config, start)
+        made_of = f"composer dinocomp/train.py {' '.join(arguments)}"
+        run = build_run(loaded.config, start, made_of)
         if first and start.iteration < run.iterations:
             keep_config(
                 start.output,
                 loaded.config,
-                made_of=f"composer dinocomp/train.py {' '.join(arguments)}",
+                made_of=made_of,
                 changed_at=start.iteration if start.changed else None,
             )
-        return _train(run)
+        try:
+            return _train(run)
+        except BaseException as error:
+            run.callbacks.report.fail(error, int(run.trainer.state.timestamp.batch))
+            raise
 
 
 def _say_start(loaded: "LoadedConfig", start: "Start") -> None:
@@ -129,6 +134,7 @@ def _train(run: "Run") -> int:
             # The process that finished it may have been killed before it was done with these.
             run.callbacks.checkpoints.fit_start(run.trainer.state, run.trainer.logger)
             run.callbacks.evaluation.fit_end(run.trainer.state, run.trainer.logger)
+            run.callbacks.report.fit_end(run.trainer.state, run.trainer.logger)
         else:
             log.info(
                 "training: %d iterations of %d images on %d %s%s; output in %s",

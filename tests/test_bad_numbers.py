@@ -1,5 +1,6 @@
 """Losses and gradients that are not finite, and inputs that invite them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def test_a_bad_step_is_not_taken(tmp_path: Path, how: str, when: dict) -> None:
     kept = {"train__OFFICIAL_EPOCH_LENGTH": 1, "optim__epochs": 8, "checkpoint__max_to_keep": 0}
     arguments = [yaml_of_nothing(tmp_path), *words(tmp_path / "run", **kept, **when)]
     assert processes.finish(processes.start(arguments, processes.spoil_and_stop, [6], -1, how)) == 75
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
     assert processes.finish(processes.start(arguments)) == 0
     before, after, then = (weights(tmp_path / "run", iteration) for iteration in (5, 6, 7))
     learnt = [name for name in before if not name.startswith("/rng")]
@@ -58,6 +60,8 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path) -> None:
     ]
     bad = [2, 5, 6, 8, 9, 10, 11]
     assert processes.finish(processes.start(arguments, processes.spoil, bad, -1, "gradient")) == 3
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["status"], facts["iteration"]) == ("failed", 10) and facts["error"].startswith("TrainingError: ")
     said = (tmp_path / "run" / "train.log").read_text()
     assert "4 steps in a row up to iteration 11" in said and "optim.max_bad_steps=4" in said
     assert "Lower optim.base_lr" in said

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_cache")
 def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     """What lies in the output folder, that the same command again finds it finished, and that more epochs go on."""
     output = tmp_path / "run"
-    changes = {"evaluation__at_start": "true", "evaluation__eval_period_iterations": 6}
+    changes = {"evaluation__at_start": "true", "evaluation__eval_period_iterations": 6, "loggers__report": "true"}
     done = launch("quickstart", *words(output, **changes))
     assert done.returncode == 0, done.stderr
     assert "[12/12] eta 0:00:00" in done.stdout and "images/s" in done.stdout and "data wait" in done.stdout
@@ -39,6 +39,12 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     evaluated = [json.loads(line)["iteration"] for line in (output / "evaluation.jsonl").read_text().splitlines()]
     assert evaluated == [0, 6, 12]
     assert "[7/12]" in (output / "train.log").read_text()
+    facts = json.loads((output / "run.json").read_text())
+    assert (facts["status"], facts["iteration"], facts["iterations"]) == ("finished", 12, 12)
+    assert facts["data"] | {"path": ""} == {"path": "", "images": 1438, "classes": 10, "labelled": True}
+    assert facts["evaluation"]["val_images"] == 359 and facts["command"].startswith("composer dinocomp/train.py quick")
+    page = (output / "report.html").read_text()
+    assert "finished</span>" in page and "best k-NN accuracy" in page and 'data-chart="loss"' in page
     assert Image.open(output / "pictures" / "first_batch.png").width == 780
     backbone = dinocomp.load_teacher(output / "teacher.safetensors")
     assert backbone(torch.zeros(1, 3, 16, 16)).cls.shape == (1, 24)

@@ -1,9 +1,10 @@
 """What happens around a step, from a configuration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from composer import Callback
 from composer.utils import dist
@@ -22,6 +23,7 @@ from dinocomp.callbacks import (
     Metrics,
     MicroBatches,
     OnlineEvaluation,
+    Report,
     RestoreRandomState,
     SkipBadSteps,
     StopOnSignal,
@@ -55,19 +57,26 @@ class Callbacks:
     evaluation: OnlineEvaluation
     checkpoints: Checkpoints
     garbage: CollectGarbage
+    report: Report
 
     def in_order(self) -> list[Callback]:
         return list(vars(self).values())
 
 
 def build_callbacks(
-    config: Config, start: Start, model: DINOv2, multipliers: list[Multipliers], measures: Measures
+    config: Config,
+    start: Start,
+    model: DINOv2,
+    multipliers: list[Multipliers],
+    measures: Measures,
+    facts: Mapping[str, Any] | None = None,
 ) -> Callbacks:
     """All callbacks of a run.
 
     Args:
         multipliers: of the optimizer's groups.
         measures: what an evaluation consists of.
+        facts: for the run's page, which it has only with them.
     """
     output, total = start.output, derive.total_iterations(config)
     schedules = build_schedules(config, dist.get_world_size())
@@ -145,4 +154,5 @@ def build_callbacks(
             on_failure=config.checkpoint.on_save_failure,
         ),
         garbage=CollectGarbage(config.performance.collect_garbage_every),
+        report=Report(output, facts or {}, stop, page=config.loggers.report and facts is not None),
     )

@@ -2,9 +2,8 @@
 
 from functools import partial
 
-import torch
-
 from dinocomp.build.data import crop_settings, opening
+from dinocomp.build.pictures import AUTOCAST, build_pictures
 from dinocomp.build.start import Start
 from dinocomp.callbacks.evaluation import Measures
 from dinocomp.config import Config, derive
@@ -12,8 +11,6 @@ from dinocomp.data import Images, evaluation_pair
 from dinocomp.evaluate import Drawn
 from dinocomp.evaluate.online import LabelledPair, measure_knn, measure_label_free
 from dinocomp.method import DINOv2
-
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def labelled_pair(config: Config) -> LabelledPair | None:
@@ -40,7 +37,7 @@ def build_measures(config: Config, start: Start, model: DINOv2, images: Images, 
         "batch_size": evaluation.batch_size,
         "num_workers": config.train.num_workers,
         "timeout_seconds": config.data.timeout_seconds,
-        "autocast": _AUTOCAST[start.precision],
+        "autocast": AUTOCAST[start.precision],
         "skip_bad": config.data.on_bad_image == "skip",
     }
     knn = label_free = None
@@ -64,4 +61,4 @@ def build_measures(config: Config, start: Start, model: DINOv2, images: Images, 
             resize=resize,
             **loading,
         )
-    return Measures(pair, knn, label_free)
+    return Measures(pair, knn, label_free, build_pictures(config, start, pair.val if pair else images))

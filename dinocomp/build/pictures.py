@@ -7,7 +7,7 @@ from dinocomp.callbacks.pictures import Pictures
 from dinocomp.config import Config, derive
 from dinocomp.data import Images
 
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_pictures(config: Config, start: Start, images: Images) -> Pictures | None:
@@ -25,5 +25,5 @@ def build_pictures(config: Config, start: Start, images: Images) -> Pictures | N
         resize=resize,
         crop=crop,
         temperature=config.teacher.teacher_temp,
-        autocast=_AUTOCAST[start.precision],
+        autocast=AUTOCAST[start.precision],
     )

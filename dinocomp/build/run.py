@@ -1,8 +1,10 @@
 """The whole run, from a configuration: images, model, loader, and Composer's Trainer around them."""
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from composer import Trainer
 from composer.core import DataSpec, Timestamp
@@ -18,6 +20,7 @@ from dinocomp.build.loggers import build_loggers
 from dinocomp.build.model import build_model
 from dinocomp.build.optim import build_optimizer, choose_kernel
 from dinocomp.build.parallel import expected_warnings, parallelism, prepare_for_sharding
+from dinocomp.build.report import run_facts
 from dinocomp.build.start import Start, check_enough
 from dinocomp.build.trainer import AsyncTrainer
 from dinocomp.callbacks.evaluation import Measures
@@ -49,8 +52,8 @@ class Run:
         return derive.total_iterations(self.config)
 
 
-def build_run(config: Config, start: Start) -> Run:
-    """Everything, in order: images, model, loader, trainer."""
+def build_run(config: Config, start: Start, command: str = "") -> Run:
+    """Everything, in order: images, model, loader, trainer. `command` is what the run was started with."""
     images = training_images(config)
     check_enough(config, len(images))  # of a remote it was not known, of a folder some images may be unreadable
     if start.checkpoint is None or start.changed:  # else they have been given
@@ -62,15 +65,24 @@ def build_run(config: Config, start: Start) -> Run:
     empty = start.strategy in derive.SHARDED and dist.get_global_rank() != 0  # sharded, rank 0's weights go to all
     model = build_model(config, dist.get_world_size(), initial_weights=start.checkpoint is None, empty=empty)
     loader = build_loader(config, images, pin_memory=start.gpu)
-    return build_training(config, start, model, loader, build_measures(config, start, model, images, pair))
+    measures = build_measures(config, start, model, images, pair)
+    return build_training(config, start, model, loader, measures, run_facts(config, start, images, pair, command))
 
 
 def build_training(
-    config: Config, start: Start, model: DINOv2, loader: DataLoader, measures: Measures | None = None
+    config: Config,
+    start: Start,
+    model: DINOv2,
+    loader: DataLoader,
+    measures: Measures | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Composer's Trainer with everything around a step. Without `measures` nothing is evaluated."""
+    """Composer's Trainer with everything around a step.
+
+    Without `measures` nothing is evaluated, without `facts` there is no page.
+    """
     optimizer, multipliers = build_optimizer(config, model)
-    callbacks = build_callbacks(config, start, model, multipliers, measures or Measures())
+    callbacks = build_callbacks(config, start, model, multipliers, measures or Measures(), facts)
     device = DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU()
     prepare_for_sharding(config, start.strategy, model, device)
     compile_networks(config, model)

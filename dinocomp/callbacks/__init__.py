@@ -11,6 +11,7 @@ from dinocomp.callbacks.metrics import Metrics
 from dinocomp.callbacks.micro_batches import MicroBatches
 from dinocomp.callbacks.pictures import FirstBatchPicture
 from dinocomp.callbacks.random_state import RestoreRandomState
+from dinocomp.callbacks.report import Report
 from dinocomp.callbacks.schedules import ApplySchedules
 from dinocomp.callbacks.stop import StopOnSignal
 from dinocomp.callbacks.teacher import UpdateTeacher
@@ -26,6 +27,7 @@ __all__ = [
     "Metrics",
     "MicroBatches",
     "OnlineEvaluation",
+    "Report",
     "RestoreRandomState",
     "SkipBadSteps",
     "StopOnSignal",

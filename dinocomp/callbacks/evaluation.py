@@ -152,16 +152,18 @@ class OnlineEvaluation(Callback):
                 knn = self.measures.knn(backbone)
             if self.measures.label_free:
                 label_free = self.measures.label_free(backbone)
-            if self.measures.pictures:
-                self.measures.pictures(self.model, iteration, logger)
         best = max((evaluated.score for evaluated in self.found.values()), default=-1.0)
         evaluated = Evaluated(iteration, knn, label_free, time.monotonic() - start)
         self.found[iteration] = evaluated
         if evaluated.score > best:
             self._write_teacher(self.folder / BEST_TEACHER, iteration)
         self._tell(evaluated, logger)
+        if self.measures.pictures:
+            self.measures.pictures(self.model, iteration, logger)
         self.ended = time.monotonic()
         self.took = self.ended - start
+        if dist.get_global_rank() == 0:
+            log.debug("evaluating iteration %d took %.1f s, pictures included", iteration, self.took)
 
     def _tell(self, evaluated: Evaluated, logger: Logger) -> None:
         logger.log_metrics(
@@ -177,7 +179,6 @@ class OnlineEvaluation(Callback):
         if evaluated.label_free:
             shown = "  ".join(f"{name} {value:.3g}" for name, value in evaluated.label_free.items())
             log.info("without labels, the teacher at iteration %d: %s", evaluated.iteration, shown)
-        log.debug("evaluating iteration %d took %.1f s", evaluated.iteration, evaluated.seconds)
         with no_reason_to_stop(self.path):
             write_evaluations(self.path, self.found)
 

@@ -19,9 +19,9 @@ from composer.utils import dist
 from dinocomp.callbacks.bad_images import BadImages
 from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.callbacks.clip import ClipGradients
+from dinocomp.collapse import signs_of_collapse
 from dinocomp.errors import TrainingError
 from dinocomp.method import DINOv2
-from dinocomp.method.gauges import signs_of_collapse
 from dinocomp.schedules import Schedules
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ class Evaluated:
     Attributes:
         knn: k -> top-1 accuracy.
         label_free: name -> value, see `label_free_measures`.
-        seconds: that it took, pictures included.
+        seconds: that it took, without pictures.
     """
 
     iteration: int

@@ -94,22 +94,3 @@ class TeacherGauges:
         for loss, rows in sums.items():
             found |= {f"{name}_{loss}": value for name, value in target_gauges(rows).items()}
         return found
-
-
-def signs_of_collapse(gauges: Mapping[str, float], prototypes: Mapping[str, int]) -> list[str]:
-    """What the gauges say is wrong, in words; nothing where all is well.
-
-    Args:
-        gauges: `feature_std`, and `entropy_H` and `prototypes_H` of each loss H ("dino", "ibot") that is on.
-        prototypes: K of each loss's head.
-    """
-    signs = []
-    if gauges["feature_std"] < 0.05:
-        signs.append(f"the teacher's features are nearly the same for all images (spread {gauges['feature_std']:.2g})")
-    for loss, count in prototypes.items():
-        used, entropy = gauges.get(f"prototypes_{loss}", math.nan), gauges.get(f"entropy_{loss}", math.nan)
-        if used < 1.5:
-            signs.append(f"the {loss} targets use {used:.1f} of {count} prototypes")
-        if entropy > 0.999 * math.log(count):
-            signs.append(f"the {loss} targets are the same for all {count} prototypes, and teach nothing")
-    return signs
