@@ -239,6 +239,11 @@ def summary(run: "Run") -> list[str]:
             f"without labels: {shown}. For an accuracy give a labelled pair of images as "
             "evaluation.train_dataset_path and evaluation.val_dataset_path"
         )
+    else:
+        lines.append(
+            "not evaluated: there is no labelled pair of images (evaluation.train_dataset_path and "
+            "evaluation.val_dataset_path), and evaluation.label_free is never"
+        )
     return lines
 
 
