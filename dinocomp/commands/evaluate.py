@@ -58,6 +58,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     linear.add_argument("--linear-rates", type=_rates, metavar="R,R", help="learning rates, for a batch of 256")
     linear.add_argument("--linear-blocks", type=positives, metavar="N,N", help="last blocks that heads see (1,4)")
     linear.add_argument(
+        "--linear-views",
+        choices=("random", "centre"),
+        default="random",
+        help="train on random crops, or on the view that is scored: faster, and for small networks better",
+    )
+    linear.add_argument(
         "--linear-crop-scale", type=_share, default=0.08, metavar="F", help="smallest crop's area (0.08)"
     )
     linear.add_argument(

@@ -30,7 +30,6 @@ def make_plan(arguments: argparse.Namespace, gpu: bool, say: Say) -> tuple[Backb
     Raises:
         DinocompError: the weights, the images or what is asked for do not go together.
     """
-
     config = _config_of(arguments.weights)
     backbone = open_backbone(arguments.weights)
     train, val = _open_pair(arguments, config)
@@ -84,6 +83,7 @@ def make_plan(arguments: argparse.Namespace, gpu: bool, say: Say) -> tuple[Backb
             batch_size=arguments.linear_batch or 0,
             blocks=_blocks(arguments, backbone, say) if "linear" in protocols else (1,),
             select_on=arguments.select_on,
+            views=arguments.linear_views,
             crop_scale=arguments.linear_crop_scale,
             flip=flip,
             seed=arguments.seed,

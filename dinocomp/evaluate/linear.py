@@ -1,7 +1,7 @@
 """Linear classification of frozen tokens: a grid of heads, of which one is chosen on images that are not scored."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -35,6 +35,8 @@ class LinearSettings:
         blocks: a head sees the class tokens of the last so many blocks.
         select_on: `train` chooses a head on `fraction` of the training images, which are not trained on; `val` on the
             images that are scored, as the reference does, which makes the result optimistic.
+        views: `random` trains on random crops, as the reference does; `centre` on the view that is scored, whose tokens
+            are then computed once and kept in memory (images x (blocks + 1) x D numbers).
         crop_scale: smallest share of an image's area that a training crop shows.
         flip: probability that it is mirrored.
         save_iterations: between two saved states.
@@ -47,6 +49,7 @@ class LinearSettings:
     blocks: tuple[int, ...] = (1, 4)
     select_on: str = "train"
     fraction: float = 0.1
+    views: str = "random"
     crop_scale: float = 0.08
     flip: float = 0.5
     seed: int = 0
@@ -110,6 +113,36 @@ class Seen:
         return {name: getattr(self, name) for name in names}
 
 
+def _training_tokens(
+    backbone: Backbone,
+    train: Chosen,
+    fitted: Tensor,
+    batches: TrainingBatches,
+    blocks: int,
+    seen: Seen,
+    settings: LinearSettings,
+    meter: "Meter",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What heads are trained on, batch by batch: tokens fp32 [B, L + 1, D] and labels int64 [B]."""
+    if settings.views == "random":
+        views = RandomViews(train, seen.crop, settings.crop_scale, settings.flip, settings.seed)
+        yield from token_batches(backbone, views, batches, blocks=blocks, **seen.loading())
+        return
+    places = [part.tolist() for part in fitted.split(seen.batch_size * dist.get_world_size())] if len(batches) else []
+    centre, parts = CentreViews(train, seen.resize, seen.crop), []
+    with meter("linear probe, tokens", len(fitted)) as bar:
+        for some, known in token_batches(
+            backbone, centre, places, blocks=blocks, advance=bar.advance, **seen.loading()
+        ):
+            parts.append((some.cpu(), known.cpu()))
+    tokens, labels = (torch.cat(field) for field in zip(*parts, strict=True)) if parts else (None, None)
+    place = {image: row for row, image in enumerate(fitted.tolist())}
+    device = next(backbone.parameters()).device
+    for batch in batches:
+        rows = torch.tensor([place[image] for _, image in batch])
+        yield tokens[rows].to(device), labels[rows].to(device)
+
+
 Meter = Callable[[str, int], AbstractContextManager]  # what is done, of how many images -> has `advance(images)`
 
 
@@ -128,7 +161,7 @@ def linear_probe(
 ) -> tuple[dict, Tensor, dict[str, Tensor]]:
     """Trains the grid, chooses a head, and scores it on `val`.
 
-    The backbone is frozen and sees live crops, each a function of (seed, pass, image). The ranks share the images of a
+    The backbone is frozen and sees live crops, each a function of (seed, pass, image); or see `views`. The ranks share the images of a
     batch in the backbone, and the heads behind it: every rank has all tokens, and trains heads of its own. So weights
     and predictions are those of one process, up to rounding in the backbone.
 
@@ -157,12 +190,11 @@ def linear_probe(
     )
     first = saved.load(probe) if saved else 0
     batches = TrainingBatches(fitted, first=first, iterations=iterations, batch=batch, seed=settings.seed)
-    views = RandomViews(train, seen.crop, settings.crop_scale, settings.flip, settings.seed)
     with meter(f"linear probe, {len(heads)} heads", len(batches) * batch) as bar:
-        for i, (tokens, labels) in enumerate(
-            token_batches(backbone, views, batches, blocks=blocks, advance=bar.advance, **seen.loading()), first
-        ):
+        source = _training_tokens(backbone, train, fitted, batches, blocks, seen, settings, meter)
+        for i, (tokens, labels) in enumerate(source, first):
             probe.step(i, tokens, labels)
+            bar.advance(len(labels))
             if saved and ((i + 1) % settings.save_iterations == 0 or i + 1 == iterations):
                 saved.save(probe, i + 1)
 

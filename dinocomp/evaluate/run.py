@@ -143,7 +143,19 @@ class Evaluation:
             self.say(f"{name}: {result['headline']['measure']} {result['headline']['value']:.2%}")
         if self.first and plan.val is not None and any(name in LABELLED for name in todo):
             self.results.add_confusion(self._names())
+            self._hint()
         return self.results.content
+
+    def _hint(self) -> None:
+        """What to make of a linear probe that is worse than the neighbours."""
+        knn, linear = (self.results.content["protocols"].get(name) for name in ("knn", "linear"))
+        if self.plan.linear.views != "random" or not knn or not linear:
+            return
+        if linear["top1"] < max(knn["top1"].values()) - 0.05:
+            self.say(
+                "note: the linear probe is below k-NN. It was trained on random crops, whose features may be unlike "
+                "those of whole images; --linear-views centre trains on the view that is scored"
+            )
 
     def _knn(self) -> tuple[dict, dict, Tensor]:
         result, predicted = knn(
