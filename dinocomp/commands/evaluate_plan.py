@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dinocomp.config import Config, load_config
+from dinocomp.config import Config, derive, load_config
 from dinocomp.data import Images, evaluation_pair, open_images
 from dinocomp.errors import ConfigError, DataError, WeightsError
 from dinocomp.evaluate.linear import LinearSettings, Seen
@@ -119,7 +119,10 @@ def _open_pair(arguments: argparse.Namespace, config: Config | None) -> tuple[Im
     elif arguments.val:
         pair = (open_images(arguments.val, split="val", **opening), None)
     elif config is not None:
-        opening["cache_dir"] = arguments.cache_dir or config.data.cache_dir
+        opening = {
+            "cache_dir": arguments.cache_dir or config.data.cache_dir,
+            "cache_limit": derive.cache_limit(config),
+        }
         evaluation = config.evaluation
         pair = evaluation_pair(
             config.train.dataset_path, evaluation.train_dataset_path, evaluation.val_dataset_path, **opening
@@ -222,7 +225,10 @@ def _identity(weights: str) -> list:
     )
     if path.is_dir() and (path / "teacher.safetensors").is_file():
         files = [path / "teacher.safetensors"]
-    return [weights, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
+    return [
+        str(path.resolve()) if path.exists() else weights,
+        *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
+    ]
 
 
 def _iteration(weights: str) -> int | None:

@@ -161,9 +161,9 @@ def linear_probe(
 ) -> tuple[dict, Tensor, dict[str, Tensor]]:
     """Trains the grid, chooses a head, and scores it on `val`.
 
-    The backbone is frozen and sees live crops, each a function of (seed, pass, image); or see `views`. The ranks share the images of a
-    batch in the backbone, and the heads behind it: every rank has all tokens, and trains heads of its own. So weights
-    and predictions are those of one process, up to rounding in the backbone.
+    The backbone is frozen and sees live crops, each a function of (seed, pass, image), or what `views` says. Ranks
+    share the images of a batch in the backbone, and the heads behind it: every rank has all tokens, and trains heads of
+    its own. So weights and predictions are those of one process, up to rounding in the backbone.
 
     Args:
         train_labels, val_labels: [n], [m]; -1 for those that cannot be decoded.
