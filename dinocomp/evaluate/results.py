@@ -13,6 +13,8 @@ from torch import Tensor
 from dinocomp.evaluate.confusion import confusion_matrix, to_csv, worst_classes
 
 RESULTS, CONFUSION = "results.json", "confusion.csv"
+_ON_MASKS = "segmentation"  # the protocol that has images of its own
+_OF_IMAGES = ("train", "train_images", "val", "val_images")
 
 
 def fingerprint(*parts: Any) -> str:
@@ -23,31 +25,45 @@ def fingerprint(*parts: Any) -> str:
 class Results:
     """`results.json` in `folder`, and predictions beside it. For rank 0.
 
+    What an earlier call has found of the same weights and images stays, whichever protocols this one is for.
+
+    Args:
+        facts: what else the file is to say.
+        weights, images: marks of what is measured; `images` are the labelled ones, None where there are none.
+
     Attributes:
         content: of the file: `facts`, and ``protocols`` (name -> measurements, ``headline``, ``settings``,
-            ``made_with``).
+            ``made_with``, ``of``).
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, facts: dict[str, Any], *, weights: str, images: str | None) -> None:
         self.folder = folder
+        self.weights, self.images = weights, images
         try:
             earlier = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # none yet, or cut short: all is measured again
             earlier = {}
-        kept = {name: earlier[name] for name in ("protocols", "confusion") if name in earlier}
-        self.content: dict[str, Any] = facts | {"protocols": {}} | kept
+        protocols = {name: result for name, result in earlier.get("protocols", {}).items() if self._is_of(name, result)}
+        if images is None and any(name != _ON_MASKS for name in protocols):
+            facts |= {name: earlier[name] for name in _OF_IMAGES if name in earlier}
+        kept = {name: earlier[name] for name in ("confusion",) if name in earlier}
+        self.content: dict[str, Any] = facts | {"protocols": protocols} | kept
+
+    def _is_of(self, name: str, result: dict[str, Any]) -> bool:
+        """Whether an earlier result is of the same weights and images."""
+        weights, images = result.get("of", (None, None))
+        return weights == self.weights and (name == _ON_MASKS or self.images in (None, images))
 
     def keep(self, made_with: dict[str, str]) -> list[str]:
-        """Drops what is of other weights, images or settings; gives the protocols that are done."""
+        """Drops earlier results with other settings of the protocols given; gives those that are done."""
         protocols = self.content["protocols"]
-        self.content["protocols"] = {
-            name: protocols[name]
-            for name, mark in made_with.items()
-            if name in protocols and protocols[name].get("made_with") == mark
-        }
+        done = [name for name, mark in made_with.items() if protocols.get(name, {}).get("made_with") == mark]
+        for name in made_with:
+            if name not in done:
+                protocols.pop(name, None)
         if self.content.get("confusion", {}).get("protocol") not in self.content["protocols"]:
             self.content.pop("confusion", None)
-        return list(self.content["protocols"])
+        return done
 
     def put(self, name: str, result: dict[str, Any], labels: Tensor | None = None, predicted: Tensor | None = None):
         """Adds a protocol and writes the file, whole or not at all; also its predictions, int64 [m], if it has any."""
@@ -58,7 +74,7 @@ class Results:
             with path.with_suffix(".partial").open("wb") as file:
                 np.save(file, torch.stack([labels, predicted]).numpy())  # [2, m]
             path.with_suffix(".partial").replace(path)
-        self.content["protocols"][name] = result
+        self.content["protocols"][name] = result | {"of": [self.weights, None if name == _ON_MASKS else self.images]}
         self.write()
 
     def add_confusion(self, names: Sequence[str]) -> None:

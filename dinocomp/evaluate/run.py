@@ -121,7 +121,8 @@ class Evaluation:
             facts |= {"train": plan.train.path, "train_images": len(self.train)}
         if plan.val is not None:
             facts |= {"val": plan.val.path, "val_images": len(self.val)}
-        self.results = Results(folder, facts)
+        images = None if plan.train is None else fingerprint(self._images())
+        self.results = Results(folder, facts, weights=fingerprint(plan.identity), images=images)
 
     def run(self) -> dict[str, Any]:
         """Does what is not done yet. Returns the content of `results.json`."""
@@ -140,6 +141,8 @@ class Evaluation:
             if self.first:
                 labels = None if predicted is None else self.val_features.labels
                 self.results.put(name, result, labels, predicted)
+                if name == "linear":
+                    self._saved().remove()  # nothing is left to go on with
             self.say(f"{name}: {result['headline']['measure']} {result['headline']['value']:.2%}")
         if self.first and plan.val is not None and any(name in LABELLED for name in todo):
             self.results.add_confusion(self._names())
@@ -170,7 +173,6 @@ class Evaluation:
         return asdict(self.plan.knn), result, predicted
 
     def _linear(self) -> tuple[dict, dict, Tensor]:
-        saved = SavedHeads(self.folder / "linear", self._mark("linear"))
         result, predicted, head = linear_probe(
             self.backbone,
             self.train,
@@ -180,7 +182,7 @@ class Evaluation:
             seen=self.plan.seen,
             num_classes=self.num_classes,
             settings=self.plan.linear,
-            saved=saved,
+            saved=self._saved(),
             meter=self._meter,
         )
         if self.first:
@@ -192,6 +194,9 @@ class Evaluation:
         if self.plan.linear.select_on == "val":
             result["headline"]["measure"] = "top-1 (head selected on the validation set: optimistic)"
         return asdict(self.plan.linear), result, predicted
+
+    def _saved(self) -> SavedHeads:
+        return SavedHeads(self.folder / "linear", self._mark("linear"))
 
     def _logreg(self) -> tuple[dict, dict, Tensor]:
         settings = self.plan.logreg
@@ -281,8 +286,10 @@ class Evaluation:
             files = [path for text in plan.masks for pair in [find_pairs(text)] for path in (*pair.images, *pair.masks)]
             states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
             return fingerprint(plan.identity, self._shown(plan.seen_masks), states, settings)
-        images = [(part.path, len(part), len(part.images)) for part in (self.train, self.val) if part is not None]
-        return fingerprint(plan.identity, self._shown(plan.seen), images, settings)
+        return fingerprint(plan.identity, self._shown(plan.seen), self._images(), settings)
+
+    def _images(self) -> list:
+        return [(part.path, len(part), len(part.images)) for part in (self.train, self.val) if part is not None]
 
     def _shown(self, seen: Seen) -> list:
         return [seen.resize, seen.crop, self.plan.precision]

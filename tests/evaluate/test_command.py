@@ -119,11 +119,18 @@ def test_what_is_done_is_not_done_again(
     assert evaluate(*words, "--protocols=knn,retrieval", "--k=7") == 0
     assert calls == [(5, 10), (7,)], "other settings"
     assert results(folder)["protocols"]["retrieval"] == first["protocols"]["retrieval"]
+    masks = write(tmp_path / "masks", 3)
+    assert main(["evaluate", teacher, *QUICK, f"--segmentation-train={masks}", f"--segmentation-val={masks}"]) == 0
+    assert list(results(folder)["protocols"]) == ["knn", "retrieval", "segmentation"], (
+        "what is of the same weights stays"
+    )
+    assert results(folder)["train_images"] == 80
     monkeypatch.undo()
     monkeypatch.setattr(run, "knn", lambda *a, **s: (calls.append(s["ks"]), original(*a, **s))[1])
     Path(teacher).touch()
     assert evaluate(*words, "--protocols=knn") == 0
     assert len(calls) == 3, "perhaps other weights"
+    assert list(results(folder)["protocols"]) == ["knn"]
 
 
 def class_folders(folder: Path, classes: str, number: int = 6) -> str:
