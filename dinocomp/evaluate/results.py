@@ -75,6 +75,7 @@ class Results:
                 np.save(file, torch.stack([labels, predicted]).numpy())  # [2, m]
             path.with_suffix(".partial").replace(path)
         self.content["protocols"][name] = result | {"of": [self.weights, None if name == _ON_MASKS else self.images]}
+        self.content["protocols"] = dict(sorted(self.content["protocols"].items()))
         self.write()
 
     def add_confusion(self, names: Sequence[str]) -> None:
