@@ -1,4 +1,4 @@
-"""Which images: a draw of them, a part held out, a few of each class; and labels that mean the same in two sets."""
+"""Which images: a part held out, a few of each class; and labels that mean the same in two sets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from dinocomp.data import Images, Sample
 from dinocomp.data.listing import NO_LABEL, some
 from dinocomp.errors import DataError
 
-_LIMIT, _HELD_OUT, _FEW = 301, 302, 303  # streams of random numbers
+_HELD_OUT, _FEW = 302, 303  # streams of random numbers
 
 
 class Chosen:
@@ -40,13 +40,6 @@ class Chosen:
 
     def fault(self, i: int) -> tuple[str, str]:
         return self.images.fault(self.index[i])
-
-
-def draw(total: int, limit: int, seed: int = 0) -> list[int] | None:
-    """Numbers of `limit` of `total` images, drawn once for all and sorted; None for all, where `limit` is 0 or more."""
-    if not limit or limit >= total:
-        return None
-    return np.sort(_generator(seed, _LIMIT).permutation(total)[:limit]).tolist()
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from dinocomp.evaluate.choose import few_of_each
 from dinocomp.evaluate.features import Features
+from dinocomp.evaluate.knn import nearest
 from dinocomp.evaluate.share import gather_rows
 
 TOP = 5
-_AT_ONCE = 1 << 26  # similarities in memory (fp32: 256 MiB)
+_AT_ONCE = 1024  # queries whose votes are counted together
 
 
 def knn_top(
@@ -33,20 +34,16 @@ def knn_top(
         k -> int64 [m, min(5, classes)], best first. Of classes with the same votes (most have none) the smaller label
         comes first.
     """
-    kept = train.labels >= 0
-    keys = F.normalize(train.vectors[kept].to(device).float(), dim=-1)  # [n, D]
-    key_labels = train.labels[kept].to(device)  # [n]
-    largest = min(max(ks), len(keys))
+    train = Features(*(field[train.labels >= 0] for field in train))
+    similarity, index = nearest(queries, train.vectors, max(ks), device=device)  # [m, k], [m, k]
     found: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for part in queries.split(max(1, _AT_ONCE // len(keys))):
-        query = F.normalize(part.to(device).float(), dim=-1)  # [c, D]
-        similarity, index = (query @ keys.T).topk(largest)  # [c, k], [c, k]
-        votes = F.softmax(similarity / temperature, dim=1)  # [c, k]
-        neighbours = key_labels[index]  # [c, k]
+    for close, numbers in zip(similarity.split(_AT_ONCE), index.split(_AT_ONCE), strict=True):
+        votes = F.softmax(close / temperature, dim=1)  # [c, k]
+        neighbours = train.labels[numbers]  # [c, k]
         for k in ks:
-            score = votes.new_zeros(len(query), num_classes)  # [c, classes]
+            score = votes.new_zeros(len(votes), num_classes)  # [c, classes]
             score.scatter_add_(1, neighbours[:, :k], votes[:, :k])
-            found[k].append(score.sort(dim=1, descending=True, stable=True).indices[:, :TOP].cpu())
+            found[k].append(score.sort(dim=1, descending=True, stable=True).indices[:, :TOP])
     empty = torch.zeros(0, min(TOP, num_classes), dtype=torch.int64)
     return {k: torch.cat(parts) if parts else empty for k, parts in found.items()}
 

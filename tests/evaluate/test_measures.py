@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from dinocomp.data import ClassName
 from dinocomp.errors import DataError
 from dinocomp.evaluate import Features
-from dinocomp.evaluate.choose import check_labels, draw, few_of_each, hold_out, match_classes
+from dinocomp.evaluate.choose import check_labels, few_of_each, hold_out, match_classes
 from dinocomp.evaluate.confusion import confusion_matrix, intersection_over_union, to_csv, worst_classes
 from dinocomp.evaluate.logistic import c_grid, logistic_regression
 from dinocomp.evaluate.neighbours import knn, knn_top, spread
@@ -173,11 +173,6 @@ def test_what_is_held_out() -> None:
     assert [int(held[labels == label].sum()) for label in (0, 1, 2, -1)] == [4, 1, 0, 0]
     assert torch.equal(held, hold_out(labels, 0.1)) and not torch.equal(held, hold_out(labels, 0.1, seed=1))
     assert not hold_out(labels, 0.0).any()
-
-
-def test_draws() -> None:
-    assert draw(10, 0) is None and draw(10, 10) is None
-    assert len(set(draw(100, 7))) == 7 and draw(100, 7) == draw(100, 7)
 
 
 class Named:
