@@ -42,10 +42,11 @@ def make_plan(arguments: argparse.Namespace, gpu: bool, say: Say) -> tuple[Backb
     if arguments.crop and not arguments.resize:
         resize = max(1, round(backbone.view[0] * crop / backbone.view[1]))  # the same part of the image
     patch = backbone.patch_size
-    if crop % patch:
+    if crop % patch and (arguments.crop or masks):
         raise ConfigError(
             f"--crop {crop} is not a whole number of patches of {patch} pixels; {crop // patch * patch or patch} is"
         )
+    _check_size(backbone, crop)
     workers = min(8, os.cpu_count() or 1) if arguments.workers is None else arguments.workers
 
     def seen(resize: int) -> Seen:
@@ -81,7 +82,7 @@ def make_plan(arguments: argparse.Namespace, gpu: bool, say: Say) -> tuple[Backb
             epochs=arguments.linear_epochs,
             iterations=arguments.linear_iterations or 0,
             batch_size=arguments.linear_batch or 0,
-            blocks=_blocks(arguments, backbone, say) if "linear" in protocols else (1,),
+            blocks=_blocks(arguments, backbone, crop, say) if "linear" in protocols else (1,),
             select_on=arguments.select_on,
             views=arguments.linear_views,
             crop_scale=arguments.linear_crop_scale,
@@ -185,17 +186,41 @@ def _ks(arguments: argparse.Namespace, train: Any, say: Say) -> tuple[int, ...]:
     return tuple(dict.fromkeys(arguments.k))
 
 
-def _blocks(arguments: argparse.Namespace, backbone: Any, say: Say) -> tuple[int, ...]:
-    depth = len(backbone.blocks) if hasattr(backbone, "blocks") else None  # all others have more than four
+def _blocks(arguments: argparse.Namespace, backbone: Any, crop: int, say: Say) -> tuple[int, ...]:
+    depth = len(backbone.blocks) if hasattr(backbone, "blocks") else None  # all others have four at least
     asked = arguments.linear_blocks
-    if asked is None:
-        fitting = tuple(dict.fromkeys(min(n, depth or n) for n in (1, 4)))
-        if depth is not None and depth < 4:
-            say(f"note: the backbone has {depth} blocks, so heads see the last {' or '.join(map(str, fitting))}")
-        return fitting
-    if depth is not None and max(asked) > depth:
+    if depth is not None and max(asked or (1,)) > depth:
         raise ConfigError(f"--linear-blocks {max(asked)}: the backbone has {depth} blocks")
-    return tuple(dict.fromkeys(asked))
+    blocks = tuple(dict.fromkeys(asked or (min(n, depth or n) for n in (1, 4))))
+    if asked is None and depth is not None and depth < 4:
+        say(f"note: the backbone has {depth} blocks, so heads see the last {' or '.join(map(str, blocks))}")
+    widths = {cls.shape[-1] for _, cls in _forward(backbone, crop, max(blocks))}
+    if len(widths) == 1:
+        return blocks
+    if asked is not None:
+        raise ConfigError(
+            f"--linear-blocks {max(asked)}: the last stages of this backbone are of different widths "
+            f"({', '.join(map(str, sorted(widths)))}); type --linear-blocks 1"
+        )
+    say("note: the last stages of this backbone are of different widths, so heads see the last one alone")
+    return (1,)
+
+
+def _check_size(backbone: Any, crop: int) -> None:
+    """Refuses images that a network of another library does not take."""
+    try:
+        _forward(backbone, crop, 1)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the backbone takes no images of {crop} x {crop} pixels ({error}); it was made for {backbone.view[1]}: leave "
+            "--crop out, or give another one"
+        ) from error
+
+
+@torch.no_grad()
+def _forward(backbone: Any, crop: int, blocks: int) -> list:
+    image = torch.zeros(1, 3, crop, crop, device=next(backbone.parameters()).device)
+    return backbone.get_intermediate_layers(image, blocks)
 
 
 def _masks(arguments: argparse.Namespace) -> tuple[str, str] | None:

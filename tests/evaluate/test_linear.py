@@ -109,6 +109,10 @@ def test_saved_heads_go_on_on_other_ranks(tmp_path: Path, monkeypatch: pytest.Mo
         for name, tensor in whole.state(mine).items():
             torch.testing.assert_close(probe.state()[name], tensor, rtol=1e-5, atol=1e-7)
     assert SavedHeads(tmp_path / "linear", "other").load(half) == 0
+    two = SimpleNamespace(get_global_rank=lambda: 0, get_world_size=lambda: 2, barrier=lambda: None)
+    monkeypatch.setattr("dinocomp.evaluate.saved.dist", two)  # and the other rank's file is lost
+    saved.save(half, 4)
+    assert saved.load(half) == 0
 
 
 def test_length() -> None:

@@ -95,6 +95,12 @@ def test_two_classes_with_a_gap_between_their_labels() -> None:
     assert predicted.tolist() == train.labels.tolist() and result["top1"] == 1.0
 
 
+def test_of_equally_good_regularisations_the_strongest_is_taken() -> None:
+    train = clusters(100, 0.01, 1)
+    result, _ = logistic_regression(train, train, c_values=[1.0, 10.0, 100.0])
+    assert [entry["held_out_top1"] for entry in result["grid"]] == [1.0] * 3 and result["C"] == 1.0
+
+
 def test_fits_that_do_not_converge_are_told() -> None:
     train = clusters(60, 1.0, 1)
     result, _ = logistic_regression(train, train, c_values=[1e5], max_iterations=1)
