@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "weights",
         metavar="WEIGHTS",
-        help="a run's folder, a teacher file, a checkpoint, or other weights that dinocomp opens",
+        help="a run's folder, a teacher or DINOv2 file, a checkpoint, a Hugging Face folder, timm:NAME, hf:NAME",
     )
     parser.add_argument("--train", metavar="PATH", help="labelled images to fit to (default: the run's)")
     parser.add_argument(
@@ -128,14 +128,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def output_folder(arguments: argparse.Namespace) -> Path:
-    """`--output`; else in the run's folder, beside a file of weights, or here."""
+    """`--output`; else RUN/evaluate, RUN/evaluate-NAME for other weights of a run, or evaluate-NAME beside them, or here."""
+    from dinocomp.commands.evaluate_plan import run_of
+
     if arguments.output:
         return Path(arguments.output).expanduser()
-    path = Path(arguments.weights).expanduser()
-    if path.is_dir():
-        return path / "evaluate"
-    name = re.sub(r"[^\w.-]+", "-", path.stem if path.exists() else arguments.weights)
-    return (path.parent if path.exists() else Path()) / f"evaluate-{name}"
+    path, run = Path(arguments.weights).expanduser(), run_of(arguments.weights)
+    if not path.exists():
+        return Path(f"evaluate-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', arguments.weights)}")
+    if run is not None and path.absolute() in (run.absolute(), run.absolute() / "teacher.safetensors"):
+        return run / "evaluate"
+    # A checkpoint's folder is not written to; the teachers of a run all have the same name.
+    name = path.name if path.is_dir() else path.parent.name if run and path.stem == "teacher" else path.stem
+    return (run or path.parent) / f"evaluate-{name}"
 
 
 def _on_gpu(device: str) -> bool:

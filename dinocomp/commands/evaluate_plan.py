@@ -47,7 +47,9 @@ def make_plan(arguments: argparse.Namespace, gpu: bool, say: Say) -> tuple[Backb
             f"--crop {crop} is not a whole number of patches of {patch} pixels; {crop // patch * patch or patch} is"
         )
     _check_size(backbone, crop)
-    workers = min(8, os.cpu_count() or 1) if arguments.workers is None else arguments.workers
+    workers = arguments.workers
+    if workers is None:
+        workers = min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
     def seen(resize: int) -> Seen:
         return Seen(
@@ -212,8 +214,8 @@ def _check_size(backbone: Any, crop: int) -> None:
         _forward(backbone, crop, 1)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"the backbone takes no images of {crop} x {crop} pixels ({error}); it was made for {backbone.view[1]}: leave "
-            "--crop out, or give another one"
+            f"the backbone takes no images of {crop} x {crop} pixels ({error}); it was made for {backbone.view[1]}: "
+            "leave --crop out, or give another one"
         ) from error
 
 
@@ -231,15 +233,20 @@ def _masks(arguments: argparse.Namespace) -> tuple[str, str] | None:
     return pair if pair[0] else None
 
 
-def _config_of(weights: str) -> Config | None:
-    """Of the run that the weights lie in the folder of, if they do."""
+def run_of(weights: str) -> Path | None:
+    """The folder of the run that the weights are, or lie in, if there is one."""
     path = Path(weights).expanduser()
-    if not path.exists():
-        return None
-    for folder in (path, *path.absolute().parents[:3]):  # RUN/evaluation/iteration-N/teacher.safetensors
-        if (folder / CONFIG).is_file() and (folder / LOG).is_file():
-            return load_config(str(folder / CONFIG)).config
+    if path.exists():
+        for folder in (path, *path.absolute().parents[:3]):  # RUN/evaluation/iteration-N/teacher.safetensors
+            if (folder / CONFIG).is_file() and (folder / LOG).is_file():
+                return folder
     return None
+
+
+def _config_of(weights: str) -> Config | None:
+    """Of the run that the weights are from, if it is there."""
+    run = run_of(weights)
+    return None if run is None else load_config(str(run / CONFIG)).config
 
 
 def _identity(weights: str) -> list:

@@ -1,6 +1,7 @@
 """`dinocomp evaluate` from end to end, on digits and a tiny network."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dinocomp.cli import main
+from dinocomp.commands.evaluate import output_folder
 from dinocomp.evaluate import run
 from dinocomp.interop import save_teacher
 from tests.evaluate.test_linear import backbone
@@ -194,3 +196,25 @@ def test_a_misspelt_protocol(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["evaluate", "x", "--protocols=kn"])
     assert "'kn' is none of knn, linear, logreg, retrieval, segmentation. Did you mean knn?" in capsys.readouterr().err
+
+
+def test_where_results_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("run/config.yaml", "run/train.log", "run/teacher.safetensors", "run/best_teacher.safetensors"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
+    for path in ("run/evaluation/iteration-7/teacher.safetensors", "run/checkpoints/iteration-9/x", "other/dino.pth"):
+        Path(path).parent.mkdir(parents=True)
+        Path(path).touch()
+    found = {
+        weights: str(output_folder(Namespace(weights=weights, output=None)))
+        for weights in (
+            *("run", "run/teacher.safetensors", "run/best_teacher.safetensors", "run/checkpoints/iteration-9"),
+            *("run/evaluation/iteration-7/teacher.safetensors", "other/dino.pth", "other", "timm:a/b=c"),
+        )
+    }
+    assert [path.replace(str(tmp_path) + "/", "") for path in found.values()] == [
+        *("run/evaluate", "run/evaluate", "run/evaluate-best_teacher", "run/evaluate-iteration-9"),
+        *("run/evaluate-iteration-7", "other/evaluate-dino", "evaluate-other", "evaluate-timm-a-b-c"),
+    ]
+    assert output_folder(Namespace(weights="run", output="x")) == Path("x")
