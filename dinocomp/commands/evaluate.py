@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def output_folder(arguments: argparse.Namespace) -> Path:
-    """`--output`; else RUN/evaluate, RUN/evaluate-NAME for other weights of a run, or evaluate-NAME beside them, or here."""
+    """`--output`; else RUN/evaluate, RUN/evaluate-NAME for its other weights, or evaluate-NAME beside them, or here."""
     from dinocomp.commands.evaluate_plan import run_of
 
     if arguments.output:
