@@ -33,7 +33,7 @@ class Results:
 
     Attributes:
         content: of the file: `facts`, and ``protocols`` (name -> measurements, ``headline``, ``settings``,
-            ``made_with``, ``of``).
+            ``made_with``, ``of``); ``confusion``; and ``table``, what people want to see of it.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], *, weights: str, images: str | None) -> None:
@@ -102,6 +102,7 @@ class Results:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.content["table"] = table_rows(self.content["protocols"])
         partial = self.folder / f"{RESULTS}.partial"
         partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         partial.replace(self.folder / RESULTS)
@@ -117,7 +118,7 @@ def table(content: dict[str, Any]) -> str:
     for split in ("train", "val"):
         if content.get(split):
             lines.append(f"{split}: {content[split]}, {content[f'{split}_images']} images")
-    rows = [row for name, result in content["protocols"].items() for row in _rows(name, result)]
+    rows = table_rows(content["protocols"])
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     lines.append("")
     for name, measure, value in rows:
@@ -131,6 +132,11 @@ def table(content: dict[str, Any]) -> str:
         if not confusion["worst_classes"]:
             lines.append("  none: all are recognised always")
     return "\n".join(lines)
+
+
+def table_rows(protocols: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """(protocol, measure, value) of what people want to see; the protocol in the first row of each alone."""
+    return [row for name, result in protocols.items() for row in _rows(name, result)]
 
 
 def _rows(name: str, result: dict[str, Any]) -> list[tuple[str, str, str]]:

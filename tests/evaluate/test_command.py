@@ -92,6 +92,7 @@ def test_all_protocols_on_one_process_and_on_two(
     assert (one["iteration"], one["train_images"], one["val_images"]) == (7, 131, 65)
     assert one["protocols"]["retrieval"]["queries"] == 65
     same(one, two)
+    assert ["retrieval", "mAP (val searches train)", f"{one['protocols']['retrieval']['map']:.1%}"] in one["table"]
     for name in ("knn", "linear", "logreg"):
         labels, predicted = np.load(tmp_path / f"one-rank/predictions/{name}.npy")
         assert len(labels) == 65
