@@ -15,6 +15,7 @@ import torch
 
 from dinocomp import output
 from dinocomp.callbacks import checkpoints
+from dinocomp.cli import main as command
 from dinocomp.evaluate import online
 from dinocomp.method import DINOv2
 from dinocomp.train import main
@@ -36,13 +37,28 @@ def start_ranks(
 ) -> list[BaseProcess]:
     """The same on `number` ranks, as the launcher would start them."""
     ranks = []
-    for rank in range(number):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {name: str(value) for name, value in places.items()}
+    for environment in _of_ranks(number, port):
         ranks.append(_SERVER.Process(target=_run, args=(environment, arguments, before, details)))
         ranks[-1].start()
     return ranks
+
+
+def start_command(arguments: list[str], number: int, port: int) -> list[BaseProcess]:
+    """`dinocomp` with these arguments on `number` ranks."""
+    ranks = [_SERVER.Process(target=_command, args=(each, arguments)) for each in _of_ranks(number, port)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def _of_ranks(number: int, port: int) -> list[dict[str, str]]:
+    """What the launcher puts into the environment of each rank."""
+    environments = []
+    for rank in range(number):
+        places = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environments.append(environment | {name: str(value) for name, value in places.items()})
+    return environments
 
 
 def finish(process: BaseProcess, timeout: float = 120) -> int:
@@ -62,6 +78,15 @@ def _run(environment: dict[str, str], arguments: list[str], before: Callable[...
     if before:
         before(*details)
     code = main(arguments)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _command(environment: dict[str, str], arguments: list[str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    code = command(arguments)
     sys.stdout.flush()
     os._exit(code)
 

@@ -8,10 +8,11 @@ _PERIOD = 30.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """Counts images. `with Progress("converting train", 100) as bar: bar.advance(1)`."""
+    """Counts images, or what `unit` says. `with Progress("converting train", 100) as bar: bar.advance(1)`."""
 
-    def __init__(self, what: str, total: int, *, enabled: bool = True) -> None:
+    def __init__(self, what: str, total: int, *, enabled: bool = True, unit: str = "images") -> None:
         self.what = what
+        self.unit = unit
         self.total = total
         self.done = 0
         self.enabled = enabled
@@ -22,7 +23,7 @@ class Progress:
         if self.enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=self.total, desc=self.what, unit=" images")
+            self.bar = tqdm(total=self.total, desc=self.what, unit=f" {self.unit}")
         return self
 
     def advance(self, count: int) -> None:
@@ -30,10 +31,15 @@ class Progress:
         self.done += count
         if self.bar is not None:
             self.bar.update(count)
-        elif self.enabled and time.monotonic() - self.last >= _PERIOD:
+        elif self.enabled and self.done and time.monotonic() - self.last >= _PERIOD:
             self.last = time.monotonic()
             rate = self.done / (self.last - self.begin)
-            print(f"{self.what}: {self.done} of {self.total} images, {rate:.0f} a second", file=sys.stderr, flush=True)
+            left = (self.total - self.done) / rate
+            print(
+                f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g} a second, {left:.0f} s to go",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

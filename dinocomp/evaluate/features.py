@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain, repeat
 from typing import NamedTuple
@@ -99,6 +99,7 @@ def extract_features(
     timeout_seconds: float = 0,
     autocast: torch.dtype | None = None,
     skip_bad: bool = False,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> Features:
     """Class tokens of this rank's share of the images: those whose number is `rank` modulo the world size.
 
@@ -112,6 +113,7 @@ def extract_features(
         timeout_seconds: fail when a worker takes longer than this for a batch; 0 waits for ever.
         autocast: number type to compute in; None for that of the weights.
         skip_bad: whether an image that cannot be decoded is left out (and logged); else it is an error.
+        advance: told of the images of this rank that each forward pass was of.
 
     Raises:
         DataError: no image of any rank could be decoded, or one could not and is not to be left out.
@@ -124,6 +126,7 @@ def extract_features(
     for pixels, label in loader:  # uint8 [b, 3, crop, crop], [b]
         vectors.append(class_tokens(backbone, normalize, pixels, autocast)[: len(label)])  # [b, D]
         labels.append(label)
+        advance(len(label))
     features = Features(torch.cat(vectors), torch.cat(labels))
     features.vectors[features.labels == NO_LABEL] = 0.0
     mine = [views.index[i] for i in (features.labels == NO_LABEL).nonzero().flatten().tolist()]

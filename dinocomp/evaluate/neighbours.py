@@ -1,0 +1,114 @@
+"""What the nearest training images take an image for: whole rankings of classes, not only who is right."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinocomp.evaluate.choose import few_of_each
+from dinocomp.evaluate.features import Features
+from dinocomp.evaluate.knn import nearest
+from dinocomp.evaluate.share import gather_rows
+
+TOP = 5
+_AT_ONCE = 1024  # queries whose votes are counted together
+
+
+def knn_top(
+    train: Features,
+    queries: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+) -> dict[int, Tensor]:
+    """The classes with the most votes, by the rule of `knn_accuracy`.
+
+    Args:
+        train: images with the label -1 are left out.
+        queries: [m, D].
+
+    Returns:
+        k -> int64 [m, min(5, classes)], best first. Of classes with the same votes (most have none) the smaller label
+        comes first.
+    """
+    train = Features(*(field[train.labels >= 0] for field in train))
+    similarity, index = nearest(queries, train.vectors, max(ks), device=device)  # [m, k], [m, k]
+    found: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for close, numbers in zip(similarity.split(_AT_ONCE), index.split(_AT_ONCE), strict=True):
+        votes = F.softmax(close / temperature, dim=1)  # [c, k]
+        neighbours = train.labels[numbers]  # [c, k]
+        for k in ks:
+            score = votes.new_zeros(len(votes), num_classes)  # [c, classes]
+            score.scatter_add_(1, neighbours[:, :k], votes[:, :k])
+            found[k].append(score.sort(dim=1, descending=True, stable=True).indices[:, :TOP])
+    empty = torch.zeros(0, min(TOP, num_classes), dtype=torch.int64)
+    return {k: torch.cat(parts) if parts else empty for k, parts in found.items()}
+
+
+def knn(
+    train: Features,
+    val: Features,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    shots: Sequence[int] = (),
+    tries: int = 5,
+) -> tuple[dict, Tensor]:
+    """k-NN classification, with all training images and with few of each class.
+
+    Ranks share the queries. Few-shot: for each number in `shots` that many images of each class vote, drawn `tries`
+    times (the draw's seed is its number, as in the reference). A k beyond all that vote is left out, unless each k is.
+
+    Args:
+        train, val: whole sets, on every rank.
+
+    Returns:
+        ``{"top1": {k: share}, "top5": {k: share}, "few_shot": {shots: {k: {"mean", "std", "tries"}}}}`` (few_shot where
+        it is asked for), and the predictions of the first k, int64 [m].
+    """
+    rank, world = _rank_and_world()
+    mine = val.vectors[rank::world]
+
+    def top(some: Features, ks: Sequence[int] = ks) -> dict[int, Tensor]:
+        own = knn_top(some, mine, ks=ks, temperature=temperature, num_classes=num_classes, device=device)
+        return {k: gather_rows(classes.to(device), len(val.labels)).cpu() for k, classes in own.items()}
+
+    ranked = top(train)
+    result: dict = {
+        f"top{n}": {str(k): share_right(classes[:, :n], val.labels) for k, classes in ranked.items()} for n in (1, TOP)
+    }
+    if shots:
+        result["few_shot"] = {}
+    for number in shots:
+        of_tries: dict[int, list[float]] = {}
+        for seed in range(tries):
+            index = few_of_each(train.labels, number, seed)
+            fitting = [k for k in ks if k <= len(index)] or [len(index)]
+            for k, classes in top(Features(train.vectors[index], train.labels[index]), fitting).items():
+                of_tries.setdefault(k, []).append(share_right(classes[:, :1], val.labels))
+        result["few_shot"][str(number)] = {str(k): spread(values) for k, values in of_tries.items()}
+    return result, ranked[ks[0]][:, 0]
+
+
+def share_right(classes: Tensor, labels: Tensor) -> float:
+    """Share of the labelled images [m] whose label is among their `classes` [m, n]."""
+    known = labels >= 0
+    return float((classes == labels[:, None]).any(dim=1)[known].double().mean())
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int]:
+    """Mean and standard deviation (of the sample; 0 for a single one) of several tries."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    deviation = float(tensor.std()) if len(values) > 1 else 0.0
+    return {"mean": float(tensor.mean()), "std": deviation, "tries": len(values)}
+
+
+def _rank_and_world() -> tuple[int, int]:
+    from composer.utils import dist
+
+    return dist.get_global_rank(), dist.get_world_size()
