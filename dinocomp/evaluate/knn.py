@@ -9,6 +9,8 @@ from torch import Tensor
 from dinocomp.distributed import all_reduce
 from dinocomp.evaluate.features import Features
 
+TOP = 5  # classes of a ranking that are kept
+
 
 def knn_accuracy(
     train: Features,
@@ -36,20 +38,48 @@ def knn_accuracy(
     Returns:
         k -> share of `val` classified right, in [0, 1].
     """
-    train, val = _kept(train), _kept(val)
+    val = _kept(val)
     num_classes = int(train.labels.max()) + 1
-    similarity, index = nearest(val.vectors, train.vectors, max(ks), device=device, chunk=chunk)  # [m, k], [m, k]
-    counts = torch.zeros(len(ks) + 1, dtype=torch.float64, device=device)  # right for each k, and the queries
-    for close, numbers, labels in zip(*(x.split(chunk) for x in (similarity, index, val.labels)), strict=True):
-        votes = F.softmax(close / temperature, dim=1)  # [c, k]
-        neighbours = train.labels[numbers]  # [c, k]
-        for i, k in enumerate(ks):
-            score = votes.new_zeros(len(votes), num_classes)  # [c, classes]
-            score.scatter_add_(1, neighbours[:, :k], votes[:, :k])
-            counts[i] += (score.argmax(dim=1) == labels).sum()
-        counts[-1] += len(labels)
+    ranked = knn_top(
+        train, val.vectors, ks=ks, temperature=temperature, num_classes=num_classes, device=device, chunk=chunk
+    )
+    right = [(ranked[k][:, 0] == val.labels).sum() for k in ks]
+    counts = torch.tensor([*right, len(val.labels)], dtype=torch.float64, device=device)
     *right, total = all_reduce(counts).tolist()
     return {k: count / total for k, count in zip(ks, right, strict=True)}
+
+
+def knn_top(
+    train: Features,
+    queries: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    chunk: int = 256,
+) -> dict[int, Tensor]:
+    """The classes with the most votes, by the rule of `knn_accuracy`.
+
+    Args:
+        train: images with the label -1 are left out.
+        queries: [m, D].
+
+    Returns:
+        k -> int64 [m, min(5, classes)], best first. Of classes with the same votes (most have none) the smaller label
+        comes first.
+    """
+    train = _kept(train)
+    similarity, index = nearest(queries, train.vectors, max(ks), device=device, chunk=chunk)  # [m, k], [m, k]
+    found: dict[int, list[Tensor]] = {k: [torch.zeros(0, min(TOP, num_classes), dtype=torch.int64)] for k in ks}
+    for close, numbers in zip(similarity.split(chunk), index.split(chunk), strict=True):
+        votes = F.softmax(close / temperature, dim=1)  # [c, k]
+        neighbours = train.labels[numbers]  # [c, k]
+        for k in ks:
+            score = votes.new_zeros(len(votes), num_classes)  # [c, classes]
+            score.scatter_add_(1, neighbours[:, :k], votes[:, :k])
+            found[k].append(score.sort(dim=1, descending=True, stable=True).indices[:, :TOP])
+    return {k: torch.cat(parts) for k, parts in found.items()}
 
 
 @torch.no_grad()

@@ -3,49 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
+from composer.utils import dist
 from torch import Tensor
 
 from dinocomp.evaluate.choose import few_of_each
 from dinocomp.evaluate.features import Features
-from dinocomp.evaluate.knn import nearest
+from dinocomp.evaluate.knn import TOP, knn_top
 from dinocomp.evaluate.share import gather_rows
-
-TOP = 5
-_AT_ONCE = 1024  # queries whose votes are counted together
-
-
-def knn_top(
-    train: Features,
-    queries: Tensor,
-    *,
-    ks: Sequence[int],
-    temperature: float,
-    num_classes: int,
-    device: torch.device | str = "cpu",
-) -> dict[int, Tensor]:
-    """The classes with the most votes, by the rule of `knn_accuracy`.
-
-    Args:
-        train: images with the label -1 are left out.
-        queries: [m, D].
-
-    Returns:
-        k -> int64 [m, min(5, classes)], best first. Of classes with the same votes (most have none) the smaller label
-        comes first.
-    """
-    train = Features(*(field[train.labels >= 0] for field in train))
-    similarity, index = nearest(queries, train.vectors, max(ks), device=device)  # [m, k], [m, k]
-    found: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for close, numbers in zip(similarity.split(_AT_ONCE), index.split(_AT_ONCE), strict=True):
-        votes = F.softmax(close / temperature, dim=1)  # [c, k]
-        neighbours = train.labels[numbers]  # [c, k]
-        for k in ks:
-            score = votes.new_zeros(len(votes), num_classes)  # [c, classes]
-            score.scatter_add_(1, neighbours[:, :k], votes[:, :k])
-            found[k].append(score.sort(dim=1, descending=True, stable=True).indices[:, :TOP])
-    empty = torch.zeros(0, min(TOP, num_classes), dtype=torch.int64)
-    return {k: torch.cat(parts) if parts else empty for k, parts in found.items()}
 
 
 def knn(
@@ -71,8 +35,7 @@ def knn(
         ``{"top1": {k: share}, "top5": {k: share}, "few_shot": {shots: {k: {"mean", "std", "tries"}}}}`` (few_shot where
         it is asked for), and the predictions of the first k, int64 [m].
     """
-    rank, world = _rank_and_world()
-    mine = val.vectors[rank::world]
+    mine = val.vectors[dist.get_global_rank() :: dist.get_world_size()]
 
     def top(some: Features, ks: Sequence[int] = ks) -> dict[int, Tensor]:
         own = knn_top(some, mine, ks=ks, temperature=temperature, num_classes=num_classes, device=device)
@@ -106,9 +69,3 @@ def spread(values: Sequence[float]) -> dict[str, float | int]:
     tensor = torch.tensor(values, dtype=torch.float64)
     deviation = float(tensor.std()) if len(values) > 1 else 0.0
     return {"mean": float(tensor.mean()), "std": deviation, "tries": len(values)}
-
-
-def _rank_and_world() -> tuple[int, int]:
-    from composer.utils import dist
-
-    return dist.get_global_rank(), dist.get_world_size()
