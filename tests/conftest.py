@@ -1,5 +1,6 @@
 """Options of the whole suite."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -11,6 +12,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     shipped = Path(__file__).parent / "golden" / "data"
     parser.addoption("--golden-dir", default=str(shipped), help="folder of recorded reference numbers")
     parser.addoption("--golden-device", default="cpu", choices=("cpu", "gpu"), help="where its whole steps are trained")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that run side by side share the cores, and so do the processes that they start."""
+    if side_by_side := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        threads = max(1, (os.cpu_count() or 1) // side_by_side)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,15 @@ def words(output: Path, **changes) -> list[str]:
     """`key=value` words of a run of 12 iterations on digits; a change is named like its key, with __ for the dot."""
     keys = TINY | {"train.output_dir": output} | {name.replace("__", "."): value for name, value in changes.items()}
     return [f"{name}={value}" for name, value in keys.items()]
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for `condition`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("it has not come true")
+        time.sleep(0.01)
 
 
 def yaml_of_nothing(folder: Path) -> str:

@@ -21,5 +21,5 @@ def test_a_pair_of_runs(tmp_path: Path) -> None:
     end_to_end.main([*words, "performance.device_augment=true", *few.split(), str(path)])
     real, fixed, ratio = json.loads(path.read_text())["rows"]
     assert (real["batches"], fixed["batches"]) == ("loader", "fixed batch")
-    assert fixed["data_wait"] < 0.05 and 0 < real["data_wait"] < 1
+    assert fixed["data_wait"] < real["data_wait"] < 1
     assert ratio["images_per_second"] == pytest.approx(real["images_per_second"] / fixed["images_per_second"])

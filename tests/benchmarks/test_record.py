@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import environment, write
+from benchmarks.record import command, environment, write
 
 
 def test_a_record_says_with_what_it_was_measured(tmp_path: Path) -> None:
@@ -16,5 +16,5 @@ def test_a_record_says_with_what_it_was_measured(tmp_path: Path) -> None:
     assert found["environment"].keys() == environment().keys()
     assert found["environment"]["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert found["environment"]["versions"]["torchvision"] and found["environment"]["cpu"]
-    assert "pytest" in found["environment"]["command"]
+    assert found["environment"]["command"] == command()
     assert str(tmp_path) not in json.dumps(found["environment"])

@@ -20,6 +20,7 @@ from dinocomp.checkpoints.remote import RemoteFolder
 from dinocomp.checkpoints.uploads import Uploads
 from tests.checkpoints.conftest import Bucket, halves
 from tests.checkpoints.proxy import Proxy
+from tests.helpers import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,15 +57,6 @@ def start(remote: RemoteFolder, proxy: Proxy) -> Iterator[Callable[..., Uploads]
     yield start
     for uploads in started:
         uploads.finish(0)
-
-
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait for `condition`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError("it has not come true")
-        time.sleep(0.01)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

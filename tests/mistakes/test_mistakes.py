@@ -252,7 +252,7 @@ ROWS = [
     ),
     ("train tiny.yaml student.pretrained_weights=dinov2_vits14", "dinov2_vits14 does not exist", "give the path"),
     # The other commands
-    ("frobnicate", "invalid choice: 'frobnicate'", "'convert', 'plan', 'recipes'"),
+    ("frobnicate", "invalid choice: 'frobnicate'", "convert", "plan", "recipes"),
     ("convert photos", "required: DST", "usage: dinocomp convert"),
     ("convert photoz out", "photoz does not exist", "Did you mean photos?"),
     ("convert empty out", "no images found in empty", "images end in"),

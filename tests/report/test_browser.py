@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from dinocomp.report import read_run, render_comparison, write_page, write_report
 
+from ..helpers import until
 from .folders import write_run
 
 pytestmark = pytest.mark.slow
@@ -63,13 +63,6 @@ def load(browser, page: Path):
     ask = browser.execute_script
     until(lambda: ask("return [...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.main-svg'))"))
     return ask
-
-
-def until(condition, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it does not come"
-        time.sleep(0.05)
 
 
 def check(browser, ask) -> None:
