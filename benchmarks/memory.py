@@ -24,7 +24,7 @@ from dinocomp.data.crops import CropParameters
 from dinocomp.data.device import pack
 from dinocomp.data.masks import batch_masks
 from dinocomp.method import DINOv2
-from dinocomp.method.parts import MaskedRows
+from dinocomp.method.parts import PatchRows
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -99,18 +99,18 @@ def without_memory() -> Iterator[None]:
     """Tensors have no memory, and so no values: the rows of masked patches are as many as there can be."""
     from torch._subclasses import FakeTensorMode
 
-    counted = MaskedRows.of
+    counted = PatchRows.of
 
-    def of(masks: torch.Tensor, limit: int | None) -> MaskedRows:
+    def of(masks: torch.Tensor, limit: int | None) -> PatchRows:
         index = torch.zeros(masks.numel(), dtype=torch.int64, device=masks.device)[:limit]
-        return MaskedRows(index, index == 0, index.float())
+        return PatchRows(index, index == 0, index.float())
 
-    MaskedRows.of = of
+    PatchRows.of = of
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
-        MaskedRows.of = counted
+        PatchRows.of = counted
 
 
 def measure(config: Config, *, precision: str = "fp32", device: str = "cpu", fake: bool = False) -> Measured:

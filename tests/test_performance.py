@@ -115,7 +115,7 @@ def test_what_is_read_of_the_device_in_every_step(
     with Reads() as reads:
         train(tmp_path, "run", loggers__period_iterations=100, checkpoint__save_frequency=100, **switches)
     every_step = {name for name, number in reads.seen.items() if number >= 12}
-    every_step -= {"of"}  # of MaskedRows, which looks on a CPU only
+    every_step -= {"of"}  # of PatchRows, which looks on a CPU only
     every_step -= {"_train_batch", "<lambda>", "<dictcomp>"} if not switches else {"_train_batch"}  # AdamW's counters
     assert every_step == readers
 

@@ -1,4 +1,9 @@
-"""DINOv2 as a ComposerModel: student, teacher, and the loss between them (Oquab et al. 2024, section 4)."""
+"""DINOv2 as a ComposerModel: student, teacher, and the loss between them (Oquab et al. 2024, section 4).
+
+Three roles: the `student` is trained, the `teacher` is its moving average and what a run is after, and the `target`
+says what the student is to predict. The target is the teacher itself, or, in distillation (section 5 there), a network
+that stays as it is.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +26,7 @@ from dinocomp.method.losses import (
     koleo_loss,
     with_gradient,
 )
-from dinocomp.method.parts import MaskedRows, Part, TeacherRows, look_ahead
+from dinocomp.method.parts import Part, PatchRows, TeacherRows, look_ahead
 from dinocomp.method.pixels import Colours, Normalize
 from dinocomp.method.shell import Shell, whole_weights
 from dinocomp.models import DINOHead, Rows, VisionTransformer
@@ -55,7 +60,7 @@ class Outputs:
     local_logits: Tensor | None  # [L, B, K]
     ibot_targets: Targets | None  # [R, K']
     ibot_logits: Tensor | None  # [R, K']
-    masked: MaskedRows | None
+    asked: PatchRows | None  # which patches the R rows are
     part: Part
 
 
@@ -67,10 +72,15 @@ class DINOv2(ComposerModel):
 
     Args:
         student, teacher: networks of the same shape; the teacher should have no drop path and starts as a copy.
+        target: for distillation, networks of any shape that give the targets in the teacher's place, whose heads have
+            the student's numbers of prototypes and patches as large as the student's. No child of the model: they are
+            neither trained nor saved with it, and who builds the model brings them to its device.
         dino_targets, ibot_targets: how teacher logits become targets.
         weights: of the loss terms.
         student_temp: softmax temperature of the student.
         mean, std: of the pixels, by channel, in [0, 1].
+        masking: whether batches hold masked patches; else the mask token is never used.
+        all_patches: whether iBOT compares all patches of the global crops, or the masked ones.
         max_masked: most masked patches that a batch on a rank can have, by (images, patches of a global crop); they are
             counted in every batch of others.
         koleo_distributed: whether KoLeo looks for neighbours among the images of all ranks.
@@ -89,6 +99,7 @@ class DINOv2(ComposerModel):
         student: Networks,
         teacher: Networks,
         *,
+        target: Networks | None = None,
         dino_targets: Centering | SinkhornKnopp,
         ibot_targets: Centering | SinkhornKnopp,
         weights: LossWeights,
@@ -96,6 +107,8 @@ class DINOv2(ComposerModel):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         max_masked: Mapping[tuple[int, int], int],
+        masking: bool = True,
+        all_patches: bool = False,
         koleo_distributed: bool = False,
         colours: Colours | None = None,
     ) -> None:
@@ -103,6 +116,8 @@ class DINOv2(ComposerModel):
         self.weights = weights
         self.student_temp = student_temp
         self.max_masked = dict(max_masked)
+        self.masking = masking and bool(weights.ibot)
+        self.all_patches = all_patches
         self.koleo_distributed = koleo_distributed
         self.teacher_temp: float | None = None
         self.momentum: float | None = None
@@ -121,17 +136,27 @@ class DINOv2(ComposerModel):
         for role, networks in (("student", student), ("teacher", teacher)):
             for name, net in vars(networks).items():
                 setattr(self, f"{role}_{name}", None if net is None else Shell(net))
-        for net in self.networks("teacher").values():
+        # In a dict, where torch does not find them.
+        self._target = {n: Shell(net) for n, net in vars(target).items() if net is not None} if target else {}
+        for net in [*self.networks("teacher").values(), *self.networks("target").values()]:
             net.requires_grad_(False)
-        if not weights.ibot:
+        if not self.masking:
             student.backbone.mask_token.requires_grad_(False)  # it would never have a gradient
 
+    @property
+    def distils(self) -> bool:
+        """Whether the targets come from a network other than the teacher."""
+        return bool(self._target)
+
     def networks(self, role: str) -> dict[str, nn.Module]:
-        """The networks of `student` or `teacher` by name: backbone and those of dino_head, ibot_head that are on."""
+        """The networks of `student`, `teacher` or `target` by name: backbone and those of dino_head, ibot_head that are
+        on. Those of `target` are the teacher's where nothing is distilled."""
         return {name: shell.net for name, shell in self.shells(role).items()}
 
     def shells(self, role: str) -> dict[str, Shell]:
-        """What the networks of `student` or `teacher` are called through, by name; sharding may have wrapped them."""
+        """What the networks of a role are called through, by name; sharding may have wrapped them."""
+        if role == "target":
+            return self._target or self.shells("teacher")
         shells = {name: getattr(self, f"{role}_{name}") for name in ("backbone", "dino_head", "ibot_head")}
         return {name: shell for name, shell in shells.items() if shell is not None}
 
@@ -172,36 +197,41 @@ class DINOv2(ComposerModel):
             crops = self.colours(crops, _crop_major(batch[f"{kind}_colours"]))
         return self.normalize(crops)
 
-    def global_inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None, MaskedRows | None]:
-        """What the networks see of the global crops: pixels [2B, C, G, G], crop-major, masks [2B, N] and their rows."""
+    def global_inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None, PatchRows | None]:
+        """What the networks see of the global crops, crop-major: pixels [2B, C, G, G], the student's masks [2B, N], and
+        which patches iBOT compares."""
         crops = self._pixels(batch, "global")
         if not self.weights.ibot:
             return crops, None, None
         masks = _crop_major(batch["masks"])  # [2B, N]
-        return crops, masks, MaskedRows.of(masks, self.max_masked.get((len(crops) // 2, masks.shape[1])))
+        if self.all_patches:
+            asked = PatchRows.every(masks)
+        else:
+            asked = PatchRows.of(masks, self.max_masked.get((len(crops) // 2, masks.shape[1])))
+        return crops, masks if self.masking else None, asked
 
-    def ask_teacher(self, crops: Tensor, masked: MaskedRows | None) -> TeacherRows:
-        """The teacher's tokens of unmasked global crops [2B, C, G, G] that its heads are asked about."""
-        (rows,) = self.teacher_backbone([crops], patches=[masked and masked.index])
-        return TeacherRows(rows.cls, rows.patches if masked else None)
+    def ask_teacher(self, crops: Tensor, asked: PatchRows | None) -> TeacherRows:
+        """The target's tokens of unmasked global crops [2B, C, G, G] that its heads are asked about."""
+        (rows,) = self.shells("target")["backbone"]([crops], patches=[asked and asked.index])
+        return TeacherRows(rows.cls, rows.patches if asked else None)
 
     def teacher_logits(self, rows: TeacherRows) -> dict[str, Tensor]:
         """By loss: [2B, K] for "dino", [R, K'] for "ibot"; of those whose rows are given and that are on."""
         # Views are swapped: row j of the targets is the other view of the student's row j.
         use_cls = self.weights.dino and rows.cls is not None
         cls_rows = torch.cat(rows.cls.chunk(2)[::-1]) if use_cls else None  # [2B, D]
-        logits = self._project("teacher", cls_rows, rows.patches)
+        logits = self._project("target", cls_rows, rows.patches)
         return {name: found for name, found in zip(("dino", "ibot"), logits, strict=True) if found is not None}
 
     def forward(self, batch: Batch) -> Outputs:
         if not self._parts:
             self.begin_step([batch])
         part = self._parts.popleft()
-        crops, masks, masked = self.global_inputs(batch)
+        crops, masks, asked = self.global_inputs(batch)
         with torch.no_grad():
-            targets = self._targets(part, part.teacher or self.ask_teacher(crops, masked), masked)
+            targets = self._targets(part, part.teacher or self.ask_teacher(crops, asked), asked)
 
-        student_crops, student_masks, kept, patches = [crops], [masks], [part.kept], [masked and masked.index]
+        student_crops, student_masks, kept, patches = [crops], [masks], [part.kept], [asked and asked.index]
         num_local = batch["local_crops"].shape[1] if self.weights.dino else 0
         if num_local:
             student_crops.append(self._pixels(batch, "local"))
@@ -212,7 +242,7 @@ class DINOv2(ComposerModel):
             rows: list[Rows] = self.student_backbone(student_crops, student_masks, kept, patches)
 
         cls_rows = torch.cat([r.cls for r in rows]) if self.weights.dino else None  # [(2 + L) * B, D]
-        cls_logits, patch_logits = self._project("student", cls_rows, rows[0].patches if masked else None)
+        cls_logits, patch_logits = self._project("student", cls_rows, rows[0].patches if asked else None)
         # Not by two slices, each of whose gradients would be a tensor of all rows.
         by_kind = () if cls_logits is None else cls_logits.split([len(r.cls) for r in rows])
         by_crop = [logits.unflatten(0, (-1, len(batch["index"]))) for logits in by_kind]  # [2, B, K], [L, B, K]
@@ -223,13 +253,13 @@ class DINOv2(ComposerModel):
             local_logits=by_crop[1] if num_local else None,
             ibot_targets=targets.get("ibot"),
             ibot_logits=patch_logits,
-            masked=masked,
+            asked=asked,
             part=part,
         )
 
-    def _targets(self, part: Part, rows: TeacherRows, masked: MaskedRows | None) -> dict[str, Targets]:
-        """What the teacher said of the global crops -> targets by loss: [2B, K] for "dino", [R, K'] for "ibot"."""
-        valid = {"dino": None, "ibot": masked and masked.valid}
+    def _targets(self, part: Part, rows: TeacherRows, asked: PatchRows | None) -> dict[str, Targets]:
+        """What the target said of the global crops -> targets by loss: [2B, K] for "dino", [R, K'] for "ibot"."""
+        valid = {"dino": None, "ibot": asked and asked.valid}
         targets = {
             name: self.targets()[name](logits, self.teacher_temp, valid[name], part.columns.get(name))
             for name, logits in self.teacher_logits(rows).items()
@@ -254,8 +284,9 @@ class DINOv2(ComposerModel):
     def _project(
         self, role: str, cls_rows: Tensor | None, patch_rows: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of class tokens [rows, D] and of masked patches [R, D]; one call of a head that both share."""
-        dino_head, ibot_head = getattr(self, f"{role}_dino_head"), getattr(self, f"{role}_ibot_head")
+        """Logits of class tokens [rows, D] and of patches [R, D]; one call of a head that both share."""
+        shells = self.shells(role)
+        dino_head, ibot_head = shells.get("dino_head"), shells.get("ibot_head")
         if cls_rows is None or patch_rows is None or ibot_head is not None:
             cls_logits = None if cls_rows is None else dino_head(cls_rows)
             patch_logits = None if patch_rows is None else (ibot_head or dino_head)(patch_rows)
@@ -277,7 +308,7 @@ class DINOv2(ComposerModel):
         if outputs.ibot_logits is not None:
             num_crops = 2 * len(batch["global_crops"])
             terms["ibot"] = self.weights.ibot * ibot_loss(
-                outputs.ibot_targets, outputs.ibot_logits, outputs.masked.weight, num_crops, self.student_temp
+                outputs.ibot_targets, outputs.ibot_logits, outputs.asked.weight, num_crops, self.student_temp
             )
         share = outputs.part.share
         self.terms = {name: self.terms.get(name, 0) + share * term.detach() for name, term in terms.items()}

@@ -23,16 +23,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MaskedRows:
-    """Which patch tokens iBOT looks at: R rows, the masked ones first, then padding to a constant number."""
+class PatchRows:
+    """Which patch tokens iBOT looks at: R rows, then padding to a constant number."""
 
     index: Tensor  # [R] int64, into the flattened [2B * N] patches
     valid: Tensor  # [R] bool, False for padding
-    weight: Tensor  # [R], 1 / (masked patches in the row's crop), 0 for padding
+    weight: Tensor  # [R], 1 / (rows of the row's crop), 0 for padding
 
     @classmethod
-    def of(cls, masks: Tensor, limit: int | None) -> MaskedRows:
-        """From masks [2B, N] bool. `limit` is a number of rows that is never exceeded: with it shapes are constant and
+    def every(cls, masks: Tensor) -> PatchRows:
+        """All patches, whichever of them masks [2B, N] hide: R = 2B * N, each of weight 1 / N."""
+        index = torch.arange(masks.numel(), device=masks.device)  # [R]
+        weight = torch.full_like(index, 1 / masks.shape[1], dtype=torch.float32)  # [R]
+        return cls(index, torch.ones_like(index, dtype=torch.bool), weight)
+
+    @classmethod
+    def of(cls, masks: Tensor, limit: int | None) -> PatchRows:
+        """The masked ones, of masks [2B, N] bool. `limit` is a number of rows that is never exceeded: with it shapes are constant and
         the device is not waited for; without it there are as many rows as masked patches.
 
         Raises:
@@ -52,7 +59,7 @@ class TeacherRows(NamedTuple):
     """What the teacher's heads are asked about."""
 
     cls: Tensor | None  # [2B, D] class tokens of the global crops, crop-major
-    patches: Tensor | None  # [R, D], of the masked patches
+    patches: Tensor | None  # [R, D], of the patches that iBOT looks at
 
 
 @dataclass
@@ -89,13 +96,13 @@ def look_ahead(model: DINOv2, batches: Sequence[Batch], to_device: Callable[[Bat
         _see(model, to_device(_global(batch)), part, teacher=bool(sinkhorn), student=koleo)
         for batch, part in zip(batches, parts, strict=True)
     ]
-    masked, features = zip(*seen, strict=True)
+    asked, features = zip(*seen, strict=True)
     for name in sinkhorn:
 
         def sweep(name: str = name) -> Iterator[tuple[Tensor, Tensor | None]]:
-            for part, rows in zip(parts, masked, strict=True):
-                asked = part.teacher._replace(**{"dino": {"patches": None}, "ibot": {"cls": None}}[name])
-                yield model.teacher_logits(asked)[name], rows.valid if name == "ibot" else None
+            for part, rows in zip(parts, asked, strict=True):
+                of_loss = part.teacher._replace(**{"dino": {"patches": None}, "ibot": {"cls": None}}[name])
+                yield model.teacher_logits(of_loss)[name], rows.valid if name == "ibot" else None
 
         columns = model.targets()[name].columns(sweep, model.teacher_temp)  # [K]
         for part in parts:
@@ -112,17 +119,17 @@ def look_ahead(model: DINOv2, batches: Sequence[Batch], to_device: Callable[[Bat
 
 def _see(
     model: DINOv2, batch: Batch, part: Part, *, teacher: bool, student: bool
-) -> tuple[MaskedRows | None, tuple[Tensor, Tensor] | None]:
+) -> tuple[PatchRows | None, tuple[Tensor, Tensor] | None]:
     """Shows one micro-batch's global crops to the teacher and to the student, and keeps in `part` what they are to be
-    asked about again. Gives its masked rows, and the student's class tokens [b, D] of the two views."""
-    crops, masks, masked = model.global_inputs(batch)
+    asked about again. Gives iBOT's rows, and the student's class tokens [b, D] of the two views."""
+    crops, masks, asked = model.global_inputs(batch)
     cls = None
     if teacher:
-        part.teacher = model.ask_teacher(crops, masked)
+        part.teacher = model.ask_teacher(crops, asked)
     if student:
         part.kept = model.networks("student")["backbone"].draw_kept(len(crops), crops.device)
         cls = model.student_backbone([crops], [masks], [part.kept], [None])[0].cls.chunk(2)
-    return masked, cls
+    return asked, cls
 
 
 def _global(batch: Batch) -> dict[str, Tensor]:

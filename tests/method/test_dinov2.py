@@ -13,7 +13,7 @@ from dinocomp.data.crops import draw_crops
 from dinocomp.data.device import pack
 from dinocomp.method import DINOv2
 from dinocomp.method.ema import ema_update
-from dinocomp.method.parts import MaskedRows
+from dinocomp.method.parts import PatchRows
 from dinocomp.pictures import coloured
 
 from ..helpers import CURRICULUM, TINY
@@ -53,12 +53,12 @@ def noise(config, batch_size: int, step: int) -> Batch:
 def test_masked_rows_and_their_weights() -> None:
     masks = torch.zeros(4, 6, dtype=torch.bool)
     masks[1, 2], masks[3, [0, 1, 4]] = True, True
-    exact, padded = MaskedRows.of(masks, None), MaskedRows.of(masks, 7)
+    exact, padded = PatchRows.of(masks, None), PatchRows.of(masks, 7)
     assert exact.index.tolist() == [8, 18, 19, 22] == padded.index[:4].tolist()
     assert padded.valid.tolist() == [True] * 4 + [False] * 3
     assert exact.weight.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3])
     assert padded.weight.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0])
-    assert len(MaskedRows.of(masks, 100).index) == 24, "no more rows than patches"
+    assert len(PatchRows.of(masks, 100).index) == 24, "no more rows than patches"
 
 
 def test_colours_are_changed_before_the_networks_see_the_crops() -> None:
@@ -113,7 +113,7 @@ def test_smaller_crops_at_first_have_a_limit_of_their_own() -> None:
             "masks": torch.from_numpy(batch_masks(settings, 0, 0, 8, np.arange(8))),
         }
         outputs = model(batch)
-        assert len(outputs.ibot_logits) == len(outputs.masked.index) == limits[settings.patches]
+        assert len(outputs.ibot_logits) == len(outputs.asked.index) == limits[settings.patches]
         assert torch.isfinite(model.loss(outputs, batch)["total"])
 
 
