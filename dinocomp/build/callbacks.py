@@ -93,6 +93,7 @@ def build_callbacks(
             view=(resize, crop),
             iteration=iteration,
             config=to_yaml(config),
+            distilled_from=start.distilled_from,
         )
 
     stop = StopOnSignal()

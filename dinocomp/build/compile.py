@@ -48,7 +48,7 @@ def check_compiler(config: Config, gpu: bool, strategy: str = "single") -> None:
 
 
 def compile_networks(config: Config, model: DINOv2) -> None:
-    """Compiles each transformer block and each head, of student and teacher, and what makes pixels of crops and patches
+    """Compiles each transformer block and each head, of all roles, and what makes pixels of crops and patches
     of pixels, for the shapes that they meet.
 
     Not whole networks: blocks are alike, so one is compiled and all use its code, which takes a minute instead of many,
@@ -58,7 +58,8 @@ def compile_networks(config: Config, model: DINOv2) -> None:
     if not config.performance.compile:
         return
     how = {"mode": "reduce-overhead"} if config.performance.cuda_graphs else {}
-    nets = [net for role in ("student", "teacher") for net in model.networks(role).values()]
+    roles = ("student", "teacher", "target") if model.distils else ("student", "teacher")
+    nets = [net for role in roles for net in model.networks(role).values()]
     pixels = [model.normalize] if model.colours is None else [model.colours, model.normalize]
     units = [*pixels, *(unit for net in nets for unit in _units(net))]
     sizes = 4 if derive.first_phase(config) else 2  # of crops

@@ -7,6 +7,7 @@ from functools import cache
 from dinocomp.build.data import mask_settings
 from dinocomp.build.model import count_parameters
 from dinocomp.config import Config, derive
+from dinocomp.config.distil import frozen_teacher
 from dinocomp.config.memory import Memory, MemoryPlan, estimate
 from dinocomp.data import max_masked_patches
 
@@ -20,17 +21,22 @@ def plan_memory(config: Config, world_size: int, limit: float | None = None) -> 
         world_size: training processes, one for each GPU.
         limit: bytes of a GPU; None where it is not known.
     """
-    parameters = count_parameters(config)
+    parameters, frozen = count_parameters(config), frozen_teacher(config)
+    whole = derive.whole_bytes(parameters, sum(frozen.parameters.values()) if frozen else 0)
 
     @cache  # seconds for small parts of a large batch
-    def masked(size: int) -> int:
+    def asked(size: int) -> int:
+        if config.ibot.all_patches and config.ibot.loss_weight:
+            return 2 * size * derive.global_patches(config)
         images = derive.images_per_iteration(config, world_size)
         return max_masked_patches(mask_settings(config), images, images // size)
 
     def needed(config: Config) -> tuple[Memory, str]:
-        strategy = derive.strategy(config, world_size, int(limit or _USUAL_GPU), derive.whole_bytes(parameters))
-        rows, compute = masked(derive.micro_batch(config)), derive.precision(config, on_gpu=True)
-        memory = estimate(config, parameters, rows, world_size=world_size, strategy=strategy, compute=compute)
+        strategy = derive.strategy(config, world_size, int(limit or _USUAL_GPU), whole)
+        rows, compute = asked(derive.micro_batch(config)), derive.precision(config, on_gpu=True)
+        memory = estimate(
+            config, parameters, rows, world_size=world_size, strategy=strategy, compute=compute, frozen=frozen
+        )
         return memory, strategy
 
     memory, strategy = needed(config)

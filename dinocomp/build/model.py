@@ -1,14 +1,17 @@
 """Networks and the ComposerModel, from a configuration."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dinocomp.build.data import mask_settings
 from dinocomp.config import Config, derive
+from dinocomp.config.distil import frozen_teacher
 from dinocomp.data import max_masked_patches
 from dinocomp.interop import load_backbone, load_run
+from dinocomp.interop.head import load_target
 from dinocomp.method import DINOv2, LossWeights, Networks
 from dinocomp.method.losses import Centering, SinkhornKnopp, build_targets
 from dinocomp.method.pixels import Colours
@@ -71,11 +74,12 @@ def count_parameters(config: Config) -> dict[str, int]:
 
 
 def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = True, empty: bool = False) -> DINOv2:
-    """Student, teacher (its copy, or as `MODEL.WEIGHTS` has it) and loss, on the CPU.
+    """Student, teacher (its copy, or as `MODEL.WEIGHTS` has it), what gives the targets where that is another network,
+    and loss, on the CPU.
 
     Args:
         initial_weights: whether to read the files of weights that the configuration names. A run that goes on from a
-            checkpoint does not need them.
+            checkpoint does not need them; but for those of a frozen teacher, which no checkpoint holds.
         empty: networks without memory (on torch's meta device), for a rank whose weights come from another.
     """
     initial_weights = initial_weights and not empty
@@ -103,6 +107,7 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
     model = DINOv2(
         student,
         teacher,
+        target=build_target(config),
         dino_targets=targets("dino_head"),
         ibot_targets=targets("ibot_head"),
         weights=LossWeights(config.dino.loss_weight, config.ibot.loss_weight, config.dino.koleo_loss_weight),
@@ -110,6 +115,8 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
         mean=config.crops.mean,
         std=config.crops.std,
         max_masked=_max_masked(config, world_size),
+        masking=config.ibot.mask_sample_probability > 0,
+        all_patches=config.ibot.all_patches,
         koleo_distributed=config.dino.koleo_distributed,
         colours=build_colours(config),
     )
@@ -121,6 +128,15 @@ def build_model(config: Config, world_size: int = 1, *, initial_weights: bool = 
             config.MODEL.WEIGHTS,
         )
     return model
+
+
+def build_target(config: Config) -> Networks | None:
+    """The frozen teacher, whole, on every rank; None where nothing is distilled."""
+    if frozen_teacher(config) is None:
+        return None
+    path = Path(config.teacher.distil_from).expanduser()
+    nets = load_target(path, kernel=config.performance.attention)
+    return Networks(nets["backbone"], nets.get("dino_head"), nets.get("ibot_head"))
 
 
 def build_colours(config: Config) -> Colours | None:

@@ -6,15 +6,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed.fsdp as fsdp
 from composer.devices import Device
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, ParallelismConfig
+from torch.distributed.device_mesh import init_device_mesh
 
 from dinocomp.build.model import count_parameters
 from dinocomp.config import Config, derive
+from dinocomp.config.distil import frozen_teacher
 from dinocomp.distributed import on_rank_0
 from dinocomp.errors import ConfigError
 from dinocomp.method import DINOv2
+from dinocomp.models.block import Block
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_strategy(config: Config, gpu: bool) -> str:
@@ -38,7 +44,8 @@ def choose_strategy(config: Config, gpu: bool) -> str:
         _check_search(config)
     if wanted in derive.SHARDED and world_size > 1:
         check_sharding(wanted, gpu)
-    whole = derive.whole_bytes(count_parameters(config))
+    frozen = frozen_teacher(config)
+    whole = derive.whole_bytes(count_parameters(config), sum(frozen.parameters.values()) if frozen else 0)
     return on_rank_0(lambda: derive.strategy(config, world_size, _gpu_bytes() if gpu else None, whole))
 
 
@@ -137,3 +144,24 @@ def prepare_for_sharding(config: Config, strategy: str, model: DINOv2, device: D
         device.module_to_device(module)
         for buffer in module.buffers():  # rank 0's, which has read the weights to start from
             dist.broadcast(buffer, src=0)
+
+
+def place_target(strategy: str, precision: str, model: DINOv2, device: Device) -> None:
+    """Brings a frozen teacher to the device, which Composer does not know of: whole, or this rank's share of it.
+
+    With either of Composer's ways to shard it is sharded by torch's newer one, which does not mind weights that are
+    never trained. They are gathered in the compute type, block by block, and freed again.
+    """
+    if not model.distils:
+        return
+    for shell in model.shells("target").values():
+        if strategy not in derive.SHARDED:
+            device.module_to_device(shell)
+            continue
+        kind = next(device.module_to_device(torch.nn.Linear(1, 1)).parameters()).device.type
+        settings = {
+            "mesh": init_device_mesh(kind, (dist.get_world_size(),)),
+            "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=_DTYPES[precision]),
+        }
+        for module in [*(m for m in shell.net.modules() if isinstance(m, Block)), shell.net, shell]:
+            fsdp.fully_shard(module, **settings)

@@ -19,7 +19,7 @@ from dinocomp.build.evaluation import build_measures, labelled_pair
 from dinocomp.build.loggers import build_loggers
 from dinocomp.build.model import build_model
 from dinocomp.build.optim import build_optimizer, choose_kernel
-from dinocomp.build.parallel import expected_warnings, parallelism, prepare_for_sharding
+from dinocomp.build.parallel import expected_warnings, parallelism, place_target, prepare_for_sharding
 from dinocomp.build.report import run_facts
 from dinocomp.build.start import Start, check_enough
 from dinocomp.build.trainer import AsyncTrainer
@@ -86,6 +86,7 @@ def build_training(
     device = DeviceGPU(allow_tf32=start.precision != "fp32") if start.gpu else DeviceCPU()
     prepare_for_sharding(config, start.strategy, model, device)
     compile_networks(config, model)
+    place_target(start.strategy, start.precision, model, device)
     shares = start.strategy in derive.SHARDED
     with ExitStack() as around:
         load_path = around.enter_context(state_to_load(start.checkpoint, shares=shares))

@@ -18,11 +18,14 @@ from dinocomp.checkpoints.manifest import iteration_of, world_size_of
 from dinocomp.checkpoints.remote import RemoteFolder
 from dinocomp.config import Config, derive, load_config
 from dinocomp.config.changes import differences
+from dinocomp.config.distil import frozen_teacher
 from dinocomp.data import check_images
 from dinocomp.distributed import on_rank_0
 from dinocomp.errors import ConfigError, WeightsError
 from dinocomp.hints import missing, obstacle
 from dinocomp.interop import load_backbone, load_run, read_iteration
+from dinocomp.interop.head import fingerprint
+from dinocomp.interop.teacher import read_about
 from dinocomp.output import CONFIG, LOG
 
 _OF_A_RUN = (LOG, "checkpoints")  # what every run writes first, and what is worth going on from
@@ -48,6 +51,7 @@ class Start:
         notes: other lines on how it goes on.
         damaged, seen: checkpoints that were passed over, and all that there are.
         remote: where checkpoints are copied to, on rank 0.
+        distilled_from: fingerprint of the frozen teacher's file, on rank 0; '' where there is none.
     """
 
     gpu: bool
@@ -62,6 +66,7 @@ class Start:
     damaged: tuple[Path, ...] = ()
     seen: tuple[Path, ...] = ()
     remote: RemoteFolder | None = None
+    distilled_from: str = ""
 
 
 def check_start(config: Config) -> Start:
@@ -73,6 +78,7 @@ def check_start(config: Config) -> Start:
         DinocompError: the machine, the output folder, the images or a file of weights do not go with the configuration.
     """
     gpu, output = on_gpu(config), Path(config.train.output_dir).expanduser()
+    frozen_teacher(config)
     precision, strategy = derive.precision(config, gpu), choose_strategy(config, gpu)
     check_attention(config, gpu)
     check_compiler(config, gpu, strategy)
@@ -105,6 +111,7 @@ def check_start(config: Config) -> Start:
                 f"{checkpoint} holds other networks: {'; '.join(networks)}. "
                 f"Give another train.output_dir, or the settings of {output / CONFIG}."
             )
+    distilled_from = _frozen_teacher_of(config, checkpoint)
     if config.parallelism.strategy in derive.SHARDED and strategy == "single":
         notes.append(f"parallelism.strategy={config.parallelism.strategy}: one process holds whole networks")
     if checkpoint and (before := world_size_of(checkpoint)) != (now := dist.get_world_size()):
@@ -125,7 +132,31 @@ def check_start(config: Config) -> Start:
         damaged=found.damaged,
         seen=found.seen,
         remote=remote,
+        distilled_from=distilled_from,
     )
+
+
+def _frozen_teacher_of(config: Config, checkpoint: Path | None) -> str:
+    """The fingerprint of the frozen teacher's file, on rank 0: the one that the checkpoint was trained with.
+
+    Raises:
+        ConfigError: on all ranks, where it was another one.
+    """
+
+    def check() -> str:
+        now = fingerprint(config.teacher.distil_from) if config.teacher.distil_from else ""
+        if checkpoint and (checkpoint / TEACHER).is_file():
+            before = read_about(checkpoint / TEACHER).get("distilled_from", "")
+            if now != before:
+                raise ConfigError(
+                    f"{checkpoint} was trained {f'with the frozen teacher {before[:12]}…' if before else 'without'}"
+                    f"{'' if before else ' a frozen teacher'}, and teacher.distil_from="
+                    f"{config.teacher.distil_from or repr('')} is {f'{now[:12]}…' if now else 'none'} (SHA-256). Give "
+                    "the file it was trained with, or another train.output_dir."
+                )
+        return now
+
+    return on_rank_0(check)
 
 
 def _open_remote(config: Config) -> RemoteFolder | None:

@@ -165,7 +165,9 @@ class Pictures:
         backbone, head = shells["backbone"], shells.get("dino_head")
         net = model.networks("teacher")["backbone"]
         device = next(backbone.parameters()).device
-        centre = model.dino_targets.center if isinstance(model.dino_targets, Centering) else 0.0  # [1, K]
+        # A frozen teacher's centre is none of the student's: it learns logits that have been centred already.
+        centred = isinstance(model.dino_targets, Centering) and not model.distils
+        centre = model.dino_targets.center if centred else 0.0  # [1, K]
         close, rest = self.chosen[: self.closely], self.chosen[self.closely :]
         batches = [close, *(rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size))]
         found: list[tuple[Tensor, Tensor, Tensor]] = []  # thumbnails, class tokens, labels of each batch

@@ -24,5 +24,5 @@ class UpdateTeacher(Callback):
         else:
             self.model.update_teacher()
         if int(state.timestamp.batch) % _TIDY == 0:
-            for shell in self.model.shells("teacher").values():
+            for shell in [*self.model.shells("teacher").values(), *self.model.shells("target").values()]:
                 shell.forget_forwards()

@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     loaded = load_config(*split_arguments([arguments.yaml, *arguments.overrides]))
 
     from dinocomp.build import count_parameters, plan_memory  # slow imports come after the settings are found right
+    from dinocomp.config.distil import frozen_teacher
     from dinocomp.data import count_images
 
     config = loaded.config
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
             full=arguments.full,
             dataset_note=note,
             memory=plan_memory(config, arguments.world_size, limit),
+            frozen=frozen_teacher(config),
         ),
         end="",
     )

@@ -33,7 +33,7 @@ def warnings(config: Config, world_size: int, dataset_size: int | None) -> list[
         world_size: training processes.
         dataset_size: training images; None where they have not been counted.
     """
-    found = [*_batch(config, world_size), *_losses(config), *_schedules(config, world_size)]
+    found = [*_batch(config, world_size), *_losses(config), *_distillation(config), *_schedules(config, world_size)]
     if dataset_size is not None:
         found += _dataset(config, world_size, dataset_size)
     return found
@@ -73,7 +73,8 @@ def _batch(config: Config, world_size: int) -> Iterator[Advice]:
             f"drop path of {rate:g} is {1 - kept:.2g} of {crops} global crops, which is all that is computed at a time",
             "raise train.microbatch_size (or train.batch_size_per_gpu), or lower student.drop_path_rate",
         )
-    if config.ibot.loss_weight > 0 and int(2 * images * config.ibot.mask_sample_probability) < 1:
+    all_patches = config.ibot.all_patches
+    if config.ibot.loss_weight > 0 and not all_patches and int(2 * images * config.ibot.mask_sample_probability) < 1:
         yield Advice(
             f"ibot.mask_sample_probability={config.ibot.mask_sample_probability:g} of {2 * images} global crops "
             "is none: no patch is ever masked",
@@ -103,6 +104,31 @@ def _losses(config: Config) -> Iterator[Advice]:
         yield Advice(
             "MODEL.WEIGHTS and student.pretrained_weights are both given: a checkpoint holds the backbone too",
             "keep one of them",
+        )
+
+
+def _distillation(config: Config) -> Iterator[Advice]:
+    """Differences from the paper's way: no masks, no drop path, iBOT on all patches (section 5)."""
+    ibot = config.ibot
+    if not config.teacher.distil_from:
+        if ibot.loss_weight and ibot.all_patches:
+            yield Advice(
+                "ibot.all_patches=true without teacher.distil_from: patches that are not masked are predicted from "
+                "themselves",
+                "name the larger teacher as teacher.distil_from=PATH, or type ibot.all_patches=false "
+                "ibot.mask_sample_probability=0.5",
+            )
+        return
+    unlike = {
+        f"student.drop_path_rate={config.student.drop_path_rate:g}": config.student.drop_path_rate > 0,
+        f"ibot.mask_sample_probability={ibot.mask_sample_probability:g}": ibot.loss_weight
+        and ibot.mask_sample_probability > 0,
+        "ibot.all_patches=false": ibot.loss_weight and not ibot.all_patches,
+    }
+    if found := [words for words, differs in unlike.items() if differs]:
+        yield Advice(
+            f"a frozen teacher with {', '.join(found)}: DINOv2's students were distilled without masks and drop path",
+            "type recipes=[distil]",
         )
 
 
@@ -136,7 +162,8 @@ def _schedules(config: Config, world_size: int) -> Iterator[Advice]:
     elif frozen >= epochs:
         yield Advice(
             f"optim.freeze_backbone_epochs={frozen} of {epochs} official epochs: the backbone never learns",
-            "type optim.freeze_backbone_epochs=1, or raise optim.epochs",
+            "type optim.freeze_backbone_epochs=1, or raise optim.epochs; unless heads alone are wanted, to distil from "
+            "(docs/distillation.md)",
         )
     momentum = config.teacher.momentum_teacher
     lower = round(max(1 - 20 / iterations, 0.5), 3)

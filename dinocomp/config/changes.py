@@ -25,6 +25,7 @@ _EFFECTS = {
     "student.pretrained_weights": "not used, the run goes on from its own checkpoint",
     "optim.max_bad_steps": _SAFE,
     "optim.": _SCHEDULES,
+    "teacher.distil_from": "safe where it is the same file in another place; another one is refused",
     "teacher.": _SCHEDULES,
     "train.OFFICIAL_EPOCH_LENGTH": _SCHEDULES,
     "train.seed": "images come in another order and other crops from here on",

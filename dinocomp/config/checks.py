@@ -73,9 +73,12 @@ def _masks(config: Config) -> Iterator[Problem]:
             ("ibot.mask_ratio_min_max",), f"the least comes first; type ibot.mask_ratio_min_max=[{largest:g},{least:g}]"
         )
     if config.ibot.mask_sample_probability == 0:
+        if config.ibot.all_patches:
+            return
         yield Problem(
             ("ibot.mask_sample_probability", "ibot.loss_weight"),
-            "no crop would ever be masked; raise the probability, or switch the loss off with ibot.loss_weight=0",
+            "no crop would ever be masked; raise the probability, or switch the loss off with ibot.loss_weight=0 "
+            "(without masks it is for distillation, with ibot.all_patches=true)",
         )
     patches = global_patches(config)
     if int(patches * largest) < 1:

@@ -179,13 +179,14 @@ def precision(config: Config, on_gpu: bool) -> str:
 SHARDED = ("fsdp", "fsdp2")
 
 
-def whole_bytes(parameters: Mapping[str, int]) -> int:
-    """Weights, gradients and AdamW's two averages of the student, and the teacher, in fp32.
+def whole_bytes(parameters: Mapping[str, int], frozen: int = 0) -> int:
+    """Weights, gradients and AdamW's two averages of the student, the teacher, and a frozen one, in fp32.
 
     Args:
         parameters: of the student by network.
+        frozen: parameters of the frozen teacher, in distillation.
     """
-    return 4 * (1 + 1 + 2 + 1) * sum(parameters.values())
+    return 4 * (1 + 1 + 2 + 1) * sum(parameters.values()) + 4 * frozen
 
 
 def strategy(config: Config, world_size: int, gpu_bytes: int | None, whole: int) -> str:

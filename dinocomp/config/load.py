@@ -11,7 +11,7 @@ import yaml as pyyaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinocomp.config import checks
+from dinocomp.config import checks, distil
 from dinocomp.config.files import find
 from dinocomp.config.keys import Key, convert, out_of_range, range_text, walk
 from dinocomp.config.overrides import Words, parse
@@ -56,6 +56,7 @@ def load_config(yaml: str | None, overrides: Sequence[str] = ()) -> LoadedConfig
 
     Raises:
         ConfigError: everything that is wrong with the run, together.
+        WeightsError: the student's heads follow a frozen teacher (`teacher.distil_from`), whose file cannot be read.
     """
     merge = _Merge()
     recipes: list[str] = []
@@ -68,6 +69,8 @@ def load_config(yaml: str | None, overrides: Sequence[str] = ()) -> LoadedConfig
     merge.problems += words.problems
     merge.add_words(words)
     config = merge.build()
+    config, taken = distil.follow(config, merge.origin)
+    merge.origin |= dict.fromkeys(taken, "the file of teacher.distil_from")
     return LoadedConfig(config, _notices(config, merge.origin), merge.origin, recipes)
 
 

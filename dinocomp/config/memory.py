@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 from dinocomp.config import sizes
+from dinocomp.config.distil import FrozenTeacher
 from dinocomp.config.schema import Config
 from dinocomp.config.sizes import FP32, Step
 
@@ -16,7 +17,7 @@ _GAPS = 0.05  # of what is allocated, in the allocator's blocks but not in tenso
 class Memory:
     """Bytes on each GPU at the moment that needs most."""
 
-    weights: float = 0  # of student and teacher, fp32
+    weights: float = 0  # of student, teacher and, in distillation, the frozen one, fp32
     optimizer: float = 0  # AdamW's two averages
     gradients: float = 0  # with DDP's buckets
     copies: float = 0  # of weights in the compute type, and gathered ones
@@ -61,18 +62,20 @@ def estimate(
     strategy: str = "single",
     compute: str = "bf16",
     gpu: bool = True,
+    frozen: FrozenTeacher | None = None,
 ) -> Memory:
     """Bytes that each process needs for a training step, at the moment that needs most.
 
     Args:
         parameters: of the student by network ("backbone", "dino_head", "ibot_head").
-        masked: R, rows of masked patches of a micro-batch; see `max_masked_patches` in `data/masks.py`.
+        masked: R, patches of a micro-batch that iBOT compares; see `max_masked_patches` in `data/masks.py`.
         strategy: single, ddp, fsdp or fsdp2.
         compute: fp32, bf16 or fp16.
         gpu: as on a GPU, where AdamW takes many weights at once and there is an allowance for what are no tensors; else
             as on a CPU.
+        frozen: what gives the targets, in distillation.
     """
-    step = Step(config, parameters, world_size, strategy, _BYTES[compute], masked, gpu)
+    step = Step(config, parameters, world_size, strategy, _BYTES[compute], masked, gpu, frozen)
     most = max(_moments(step), key=lambda moment: moment.total)
     return replace(most, allowance=_LIBRARIES + _GAPS * most.total) if gpu else most
 
@@ -83,14 +86,16 @@ def _moments(step: Step) -> Iterator[Memory]:
     of_all = FP32 * step.numbers / shares
     buckets = of_all if step.strategy == "ddp" and step.world_size > 1 else 0
     earlier = of_all if step.passes > 1 else 0  # gradients of the micro-batches before
-    base = Memory(weights=2 * of_all, optimizer=2 * of_all, gradients=buckets + earlier, images=sizes.images(step))
+    weights = 2 * of_all + FP32 * step.frozen_numbers / shares
+    base = Memory(weights=weights, optimizer=2 * of_all, gradients=buckets + earlier, images=sizes.images(step))
     unit, cast = sizes.gathered(step), sizes.cast_weights(step)
     targets, saved = sizes.targets(step), sizes.saved_by_heads(step)
     blocks, rest = [sizes.kept_of_block(step, i) for i in range(step.depth)], sizes.final_norm(step)
     kept = sum(blocks) + rest
 
-    yield replace(base, copies=unit, activations=sizes.teacher(step))
-    yield replace(base, copies=unit, activations=sizes.teacher_tokens(step), heads=sizes.making_targets(step))
+    asking = replace(base, copies=max(unit, sizes.target_gathered(step)))
+    yield replace(asking, activations=sizes.teacher(step))
+    yield replace(asking, activations=sizes.teacher_tokens(step), heads=sizes.making_targets(step))
     forward = targets + sizes.logits(step) + saved
     yield replace(base, copies=unit + cast, activations=kept + sizes.tokens(step), heads=forward)
     backward = replace(base, copies=unit + sizes.kept_casts(step))

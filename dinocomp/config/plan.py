@@ -16,6 +16,7 @@ from dinocomp.config.derive import (
     precision,
     total_iterations,
 )
+from dinocomp.config.distil import FrozenTeacher
 from dinocomp.config.keys import walk
 from dinocomp.config.load import LoadedConfig, all_keys
 from dinocomp.config.memory import MemoryPlan
@@ -31,6 +32,7 @@ def describe(
     full: bool = False,
     dataset_note: str = "",
     memory: MemoryPlan | None = None,
+    frozen: FrozenTeacher | None = None,
 ) -> str:
     """Return the plan of a run as text.
 
@@ -40,12 +42,17 @@ def describe(
         parameters: trained parameters by network ("backbone", "dino_head", "ibot_head").
         full: list every key, not only those that differ from their default.
         memory: what each GPU needs; None where that is not known.
+        frozen: the frozen teacher, in distillation.
     """
     blocks = [
         ("Settings" if full else "Settings that differ from the defaults", _settings(loaded, full)),
         (
             "The run",
-            _table(_numbers(loaded, world_size, dataset_size, parameters, dataset_note) + _memory_rows(loaded, memory)),
+            _table(
+                _numbers(loaded, world_size, dataset_size, parameters, dataset_note)
+                + _frozen_rows(frozen)
+                + _memory_rows(loaded, memory)
+            ),
         ),
     ]
     if loaded.notices:
@@ -138,6 +145,21 @@ def _checkpoints_line(config: Config, parameters: int) -> str:
     if kept and milestone:
         line += f", and for ever those of every {milestone:,} iterations"
     return line + (f"; copied to {config.checkpoint.remote}" if config.checkpoint.remote else "")
+
+
+def _frozen_rows(frozen: FrozenTeacher | None) -> list[tuple[str, str]]:
+    if frozen is None:
+        return []
+    size, numbers = frozen.architecture, frozen.parameters
+    heads = ", ".join(f"{name} of {number:,} prototypes" for name, number in frozen.prototypes.items())
+    return [
+        ("distilled from", str(frozen.path)),
+        (
+            "frozen teacher",
+            f"{size['depth']} blocks, {size['embed_dim']} wide, {size['num_heads']} heads, {size['ffn_layer']}; {heads}",
+        ),
+        ("parameters, frozen teacher", f"{sum(numbers.values()):,}, neither trained nor saved"),
+    ]
 
 
 def _memory_rows(loaded: LoadedConfig, plan: MemoryPlan | None) -> list[tuple[str, str]]:

@@ -122,6 +122,9 @@ class Ibot:
     mask_ratio_min_max: tuple[float, float] = key(
         (0.1, 0.5), "least and largest fraction of masked patches", minimum=0, maximum=1
     )
+    all_patches: bool = key(
+        False, "compare all patches of the global crops (false = the masked ones; true is for distillation)"
+    )
     separate_head: bool = key(False, "give patches a head of their own (false = they share the DINO head)")
     head_n_prototypes: int = key(65536, "prototypes of the separate iBOT head", minimum=2)
     head_bottleneck_dim: int = key(256, "width of the separate head's bottleneck", minimum=1)
@@ -197,6 +200,11 @@ class Teacher:
     teacher_temp: float = key(0.07, "teacher temperature after its warm-up", above=0)
     warmup_teacher_temp_epochs: int = key(
         30, "length of the teacher temperature's linear warm-up (official epochs)", minimum=0
+    )
+    distil_from: str = key(
+        "",
+        "a run's teacher.safetensors, of any size, that stays as it is and gives the targets; the moving average is then "
+        "that of the final model ('' = the moving average gives them)",
     )
 
 

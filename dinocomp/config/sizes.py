@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dinocomp.config.derive import SHARDED, HeadSize, architecture, global_patches, head_sizes, micro_batch
+from dinocomp.config.distil import FrozenTeacher
 from dinocomp.config.schema import Config
 
 FP32 = 4
@@ -23,8 +24,9 @@ class Step:
     world_size: int
     strategy: str
     c: int
-    masked: int
+    masked: int  # R, patches that iBOT compares
     gpu: bool
+    frozen: FrozenTeacher | None = None
 
     @property
     def sharded(self) -> bool:
@@ -58,6 +60,10 @@ class Step:
     @property
     def numbers(self) -> int:
         return sum(self.parameters.values())
+
+    @property
+    def frozen_numbers(self) -> int:
+        return sum(self.frozen.parameters.values()) if self.frozen else 0
 
     @property
     def groups(self) -> list[tuple[int, int]]:
@@ -99,11 +105,21 @@ def images(step: Step) -> float:
 def units(step: Step) -> list[float]:
     """Parameters that are gathered together: of each block, and of each network what is not in one."""
     size = architecture(step.config.student)
-    hidden = inner_width(step)
-    gate = 2 if step.config.student.ffn_layer.startswith("swiglu") else 1
-    block = size.embed_dim * (4 * size.embed_dim + (gate + 1) * hidden)
+    block = block_parameters(size.embed_dim, size.mlp_ratio, step.config.student.ffn_layer)
     heads = [number for name, number in step.parameters.items() if name != "backbone"]
     return [block] * size.depth + heads
+
+
+def block_parameters(width: int, mlp_ratio: float, ffn_layer: str) -> int:
+    """Weights of a block's matrices."""
+    gate = 2 if ffn_layer.startswith("swiglu") else 1
+    return width * (4 * width + (gate + 1) * ffn_width(width, mlp_ratio, ffn_layer))
+
+
+def ffn_width(width: int, mlp_ratio: float, ffn_layer: str) -> int:
+    """Hidden width of a feed-forward layer."""
+    hidden = int(width * mlp_ratio)
+    return (hidden * 2 // 3 + 7) // 8 * 8 if ffn_layer.startswith("swiglu") else hidden
 
 
 def gathered(step: Step) -> float:
@@ -135,8 +151,7 @@ def kept_casts(step: Step) -> float:
 
 def inner_width(step: Step) -> int:
     size = architecture(step.config.student)
-    hidden = int(size.embed_dim * size.mlp_ratio)
-    return (hidden * 2 // 3 + 7) // 8 * 8 if step.config.student.ffn_layer.startswith("swiglu") else hidden
+    return ffn_width(size.embed_dim, size.mlp_ratio, step.config.student.ffn_layer)
 
 
 def block_keeps(step: Step, tokens: int, *, mode: str, asked: int | None = None) -> float:
@@ -209,16 +224,44 @@ def final_norm(step: Step) -> float:
     return step.asked[1] * FP32 * (step.width + 2)
 
 
+def target_widths(step: Step) -> tuple[int, int]:
+    """Token width and the feed-forward layers' hidden width of the network that gives the targets."""
+    if step.frozen is None:
+        return step.width, inner_width(step)
+    named = step.frozen.architecture
+    width = named["embed_dim"]
+    return width, ffn_width(width, named["mlp_ratio"], named["ffn_layer"])
+
+
+def target_tokens(step: Step) -> tuple[int, int]:
+    """(sequences, tokens in each) that it sees."""
+    if step.frozen is None:
+        return step.groups[0]
+    named = step.frozen.architecture
+    patches = (step.config.crops.global_crops_size // named["patch_size"]) ** 2
+    return 2 * step.images, patches + 1 + named.get("num_register_tokens", 0)
+
+
+def target_gathered(step: Step) -> float:
+    """Of a frozen teacher that is sharded, two units in the compute type; autocast keeps no copy of frozen weights."""
+    if step.frozen is None or not step.sharded:
+        return 0
+    named = step.frozen.architecture
+    heads = [number for name, number in step.frozen.parameters.items() if name != "backbone"]
+    block = block_parameters(named["embed_dim"], named["mlp_ratio"], named["ffn_layer"])
+    return 2 * step.c * max(block, *heads)
+
+
 def teacher(step: Step) -> float:
-    """The teacher's forward pass: one block's FFN at a time."""
-    width, c = step.width, step.c
-    sequences, tokens = step.groups[0]
-    return sequences * tokens * (3 * step.r * width + (step.r + c) * width + 2 * c * inner_width(step))
+    """The forward pass of the network that gives the targets: one block's FFN at a time."""
+    (width, inner), c = target_widths(step), step.c
+    sequences, tokens = target_tokens(step)
+    return sequences * tokens * (3 * step.r * width + (step.r + c) * width + 2 * c * inner)
 
 
 def teacher_tokens(step: Step) -> float:
     """Before and after the final norm."""
-    return 2 * step.r * step.asked[0] * step.width
+    return 2 * step.r * step.asked[0] * target_widths(step)[0]
 
 
 def tokens(step: Step) -> float:

@@ -28,6 +28,7 @@ def save_teacher(
     view: tuple[int, int],
     iteration: int,
     config: str,
+    distilled_from: str = "",
 ) -> None:
     """Writes networks to a safetensors file, whole or not at all.
 
@@ -39,6 +40,7 @@ def save_teacher(
         view: `resize` and `crop` of `evaluation_view`, in pixels.
         iteration: finished optimizer steps.
         config: the run's configuration as YAML.
+        distilled_from: fingerprint of the file that it was distilled from; '' for none.
     """
     tensors = {
         f"{prefix}.{name}": weight.detach().cpu().contiguous()
@@ -54,6 +56,8 @@ def save_teacher(
         "iteration": str(iteration),
         "config": config,
     }
+    if distilled_from:
+        about["distilled_from"] = distilled_from
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata=about)
