@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed.fsdp as fsdp
-from composer.devices import Device
+from composer.devices import Device, DeviceGPU
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, ParallelismConfig
 from torch.distributed.device_mesh import init_device_mesh
@@ -158,9 +158,8 @@ def place_target(strategy: str, precision: str, model: DINOv2, device: Device) -
         if strategy not in derive.SHARDED:
             device.module_to_device(shell)
             continue
-        kind = next(device.module_to_device(torch.nn.Linear(1, 1)).parameters()).device.type
         settings = {
-            "mesh": init_device_mesh(kind, (dist.get_world_size(),)),
+            "mesh": init_device_mesh("cuda" if isinstance(device, DeviceGPU) else "cpu", (dist.get_world_size(),)),
             "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=_DTYPES[precision]),
         }
         for module in [*(m for m in shell.net.modules() if isinstance(m, Block)), shell.net, shell]:

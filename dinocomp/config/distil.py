@@ -69,8 +69,8 @@ def read_frozen_teacher(name: str) -> FrozenTeacher:
     found = {head: shapes[f"{head}.{_LAST}"][0] for head in _HEADS if f"{head}.{_LAST}" in shapes}
     if "architecture" not in about or not found:
         raise WeightsError(
-            f"teacher.distil_from={name} is no teacher.safetensors of a run with its heads. What a student is to predict "
-            "are the prototypes of the teacher's heads, and a backbone alone (published weights, say) has none. Train "
+            f"teacher.distil_from={name} is no teacher.safetensors of a run with its heads. What a student is to "
+            "predict are the prototypes of the teacher's heads, and a backbone alone (published weights, say) has none. Train "
             f"heads on it first: recipes=[from_pretrained] student.pretrained_weights={name} with "
             "optim.freeze_backbone_epochs as large as optim.epochs, see docs/distillation.md"
         )

@@ -156,7 +156,8 @@ def _frozen_rows(frozen: FrozenTeacher | None) -> list[tuple[str, str]]:
         ("distilled from", str(frozen.path)),
         (
             "frozen teacher",
-            f"{size['depth']} blocks, {size['embed_dim']} wide, {size['num_heads']} heads, {size['ffn_layer']}; {heads}",
+            f"{size['depth']} blocks, {size['embed_dim']} wide, {size['num_heads']} heads, {size['ffn_layer']}; "
+            + heads,
         ),
         ("parameters, frozen teacher", f"{sum(numbers.values()):,}, neither trained nor saved"),
     ]

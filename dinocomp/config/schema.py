@@ -203,8 +203,8 @@ class Teacher:
     )
     distil_from: str = key(
         "",
-        "a run's teacher.safetensors, of any size, that stays as it is and gives the targets; the moving average is then "
-        "that of the final model ('' = the moving average gives them)",
+        "a run's teacher.safetensors, of any size, that stays as it is and gives the targets; the student's moving "
+        "average is then the final model alone ('' = the moving average gives them)",
     )
 
 

@@ -39,8 +39,8 @@ class PatchRows:
 
     @classmethod
     def of(cls, masks: Tensor, limit: int | None) -> PatchRows:
-        """The masked ones, of masks [2B, N] bool. `limit` is a number of rows that is never exceeded: with it shapes are constant and
-        the device is not waited for; without it there are as many rows as masked patches.
+        """The masked ones, of masks [2B, N] bool. `limit` is a number of rows that is never exceeded: with it shapes
+        are constant and the device is not waited for; without it there are as many rows as masked patches.
 
         Raises:
             ValueError: more patches are masked than the limit (seen on a CPU only, where looking costs nothing).
