@@ -166,7 +166,8 @@ def load_run(
     """Starts student and teacher from a run's weights.
 
     A checkpoint of a run gives both, and its centres; a teacher file, dinocomp's or the reference's
-    ``teacher_checkpoint.pth``, gives the teacher, of which the student becomes a copy.
+    ``teacher_checkpoint.pth``, gives the teacher, of which the student becomes a copy. Heads must be those of the file.
+    Backbones may have crops or patches of another size: they are resampled as in `load_backbone`, and a message says so.
 
     Args:
         student, teacher: networks by name (backbone, dino_head, ibot_head).
@@ -175,7 +176,7 @@ def load_run(
     Raises:
         WeightsError: as `read_tensors` and `load_strictly`, or a network is not in the file.
     """
-    tensors = read_tensors(path)
+    tensors, changed = read_tensors(path), ()
     is_checkpoint = any(name.startswith("teacher_backbone.") for name in tensors)
     for role, networks in (("student", student), ("teacher", teacher)):
         for name, net in networks.items():
@@ -186,7 +187,14 @@ def load_run(
                     f"{path} has no weights of {name} (names beginning with '{prefix}'). "
                     "To start from a backbone alone, pass it as student.pretrained_weights."
                 )
-            load_strictly(net, {published_name(n): t for n, t in part.items()}, str(path))
+            part = {published_name(n): t for n, t in part.items()}
+            if isinstance(net, VisionTransformer):
+                adapted = adapt(part, net)
+                part = {n: t for n, t in adapted.tensors.items() if n not in adapted.fresh}
+                changed = adapted.changed
+            load_strictly(net, part, str(path))
+    if changed and targets:
+        log.info("the backbones of %s, student's and teacher's, are resampled: %s", path, ", ".join(changed))
     for name, target in targets.items():
         own = target.state_dict()
         saved = {n: tensors.get(f"{name}.{n}") for n in own}
