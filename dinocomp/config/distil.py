@@ -70,8 +70,8 @@ def read_frozen_teacher(name: str) -> FrozenTeacher:
     if "architecture" not in about or not found:
         raise WeightsError(
             f"teacher.distil_from={name} is no teacher.safetensors of a run with its heads. What a student is to "
-            "predict are the prototypes of the teacher's heads, and a backbone alone (published weights, say) has none. "
-            f"Train heads on it first: recipes=[from_pretrained] student.pretrained_weights={name} with "
+            "predict are the prototypes of the teacher's heads, and a backbone alone (published weights, say) has "
+            f"none. Train heads on it first: recipes=[from_pretrained] student.pretrained_weights={name} with "
             "optim.freeze_backbone_epochs as large as optim.epochs, see docs/distillation.md"
         )
     parameters = dict.fromkeys(("backbone", *found), 0)

@@ -167,7 +167,8 @@ def load_run(
 
     A checkpoint of a run gives both, and its centres; a teacher file, dinocomp's or the reference's
     ``teacher_checkpoint.pth``, gives the teacher, of which the student becomes a copy. Heads must be those of the file.
-    Backbones may have crops or patches of another size: they are resampled as in `load_backbone`, and a message says so.
+    Backbones may be for crops or patches of another size: they are resampled as in `load_backbone`, and a message says
+    so.
 
     Args:
         student, teacher: networks by name (backbone, dino_head, ibot_head).
