@@ -101,6 +101,8 @@ def _say_start(loaded: "LoadedConfig", start: "Start") -> None:
         log.info("note: %s", notice)
     for line in start.passed_over:
         log.warning("%s", line)
+    if config.teacher.distil_from:
+        log.info("distilling from the frozen teacher %s (%s…)", config.teacher.distil_from, start.distilled_from[:12])
     if start.checkpoint:
         log.info("resuming from %s", start.checkpoint)
         if config.MODEL.WEIGHTS or config.student.pretrained_weights:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dinocomp.build import build_model, count_parameters, plan_memory
 from dinocomp.cli import main as command
 from dinocomp.config import Config, load_config
+from dinocomp.config.advice import warnings
 from dinocomp.data import Batch, split_batch
 from dinocomp.interop import load_teacher, read_about
 from dinocomp.interop.head import fingerprint, load_dino_head
@@ -238,7 +239,9 @@ def test_a_run_its_checkpoint_and_what_it_exports(
     assert config.ibot.separate_head and config.ibot.head_n_prototypes == 24, "as the frozen teacher's file has it"
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp"), pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "fsdp2"))]
+)
 def test_on_two_processes(strategy: str, tmp_path: Path, teachers: dict[str, Path], free_port: int) -> None:
     """In two micro-batches each, as one process with the whole batch."""
     changes = DISTIL | {"teacher__distil_from": teachers["shared"], "optim__epochs": 1}
@@ -294,3 +297,15 @@ def test_the_plan_knows_the_frozen_teacher(teachers: dict[str, Path], capsys: py
     assert more == 4 * numbers
     assert plan_memory(without, 1).memory.weights == 8 * sum(count_parameters(without).values())
     assert json.loads(read_about(teachers["shared"])["architecture"])["embed_dim"] == 48
+
+
+def test_what_is_unlike_the_paper_is_said(teachers: dict[str, Path]) -> None:
+    def said(*given: str) -> str:
+        config = load_config("quickstart", [*given]).config
+        return " ".join(advice.what for advice in warnings(config, 1, 1438))
+
+    frozen = f"teacher.distil_from={teachers['shared']}"
+    ours = ["dino.head_n_prototypes=40", frozen]
+    assert "a frozen teacher with ibot.mask_sample_probability=0.5, ibot.all_patches=false" in said(*ours)
+    assert "a frozen teacher" not in said("recipes=[distil]", *ours)
+    assert "ibot.all_patches=true without teacher.distil_from" in said("recipes=[distil]")
