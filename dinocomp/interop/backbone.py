@@ -62,12 +62,17 @@ def open_backbone(source: str | Path) -> Backbone:
     path = Path(source).expanduser()
     if not path.exists():
         raise WeightsError(f"no weights at {path}: {missing(path)}")
-    for teacher in (path / TEACHER, path.parent / TEACHER if path.suffix == ".pt" else path):
-        if teacher.is_file() and _is_teacher(teacher):
-            return load_teacher(teacher)
+    if teacher := teacher_of(path):
+        return load_teacher(teacher)
     if path.is_dir() and (path / "config.json").is_file():
         return _from_hugging_face_folder(path)
-    return _rebuild(published(read_tensors(path)), str(path))
+    return _described(path) or _rebuild(published(read_tensors(path)), str(path))
+
+
+def teacher_of(path: Path) -> Path | None:
+    """The teacher's file that `path` stands for: itself, one in this folder, or one beside a checkpoint's file."""
+    beside = path.parent / TEACHER if path.suffix == ".pt" else path
+    return next((file for file in (path / TEACHER, beside) if file.is_file() and _is_teacher(file)), None)
 
 
 def _is_teacher(path: Path) -> bool:
@@ -78,6 +83,23 @@ def _is_teacher(path: Path) -> bool:
             return (file.metadata() or {}).get("format") == FORMAT
     except SafetensorError:
         return True  # let it be said why it cannot be read
+
+
+def _described(path: Path) -> Backbone | None:
+    """What `dinocomp export --to safetensors` wrote: metadata say all that shapes do not."""
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+    except SafetensorError:
+        return None  # `read_tensors` says why
+    if not {"architecture", "mean", "std", "view"} <= about.keys():
+        return None
+    net = VisionTransformer(**json.loads(about["architecture"]))
+    load_strictly(net, read_tensors(path), str(path))
+    net.mean, net.std, net.view = (json.loads(about[name]) for name in ("mean", "std", "view"))
+    return net.eval().requires_grad_(False)
 
 
 def _from_hugging_face_folder(path: Path) -> Backbone:
