@@ -69,7 +69,7 @@ def _of_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         name = _rename(re.sub(r"^dinov2(_with_registers)?\.", "", name), _HUGGING_FACE)
-        if not name.startswith(_NOT_OF_THE_BACKBONE):
+        if tensor.numel() and not name.startswith(_NOT_OF_THE_BACKBONE):  # there may be no registers, in a tensor
             found[name] = tensor
     for name in [name for name in found if ".attn.query." in name]:
         parts = [found.pop(name.replace("query", part), None) for part in _PARTS]

@@ -231,6 +231,18 @@ def test_safetensors_say_what_they_are_of(tmp_path: Path) -> None:
         assert set(file.keys()) == set(net.state_dict())
 
 
+@pytest.mark.parametrize("target", ["hub", "hf", "timm"])
+@pytest.mark.parametrize("network", ["portable, registers", "portable"])
+def test_what_was_exported_is_taken_again(target: str, network: str, tmp_path: Path) -> None:
+    net, folder, _ = exported(target, tmp_path, **NETWORKS[network])
+    model = dinocomp.load(folder)
+    assert isinstance(model.net, VisionTransformer)
+    assert (tuple(model.mean), tuple(model.std), tuple(model.view)) == (ABOUT["mean"], ABOUT["std"], ABOUT["view"])
+    # timm does not say how a network was trained to resample; it is taken to be as the published ones are.
+    for size in ((SIZE, SIZE), *(OTHER_SIZES if (target, network) != ("timm", "portable") else ())):
+        close(model(images(*size)), net(images(*size)).cls)
+
+
 def test_names_go_both_ways() -> None:
     for name, shapes in LAYOUTS.items():
         with torch.device("meta"):

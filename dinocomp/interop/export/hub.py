@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dinocomp.interop.export.parts import Resampling, Subject, Written, preprocessing, write_json
+from dinocomp.interop.export.parts import Subject, Written, preprocessing, write_json
 
 # (width, depth, heads) of the networks that the official hub makes, all with LayerScale and biases, FFN of 4 times D.
 _OFFICIAL = {
@@ -38,10 +38,11 @@ def write_hub(subject: Subject, folder: Path) -> Written:
     if call is None:
         notes = ["No network of the official hub has this size; the `hubconf.py` here builds it."]
         return Written("dinov2", "torch torchvision pillow", _CODE, notes=notes)
-    more = f"The code of the official hub takes the weights, too (it is downloaded):\n\n```py\n{call}```\n"
-    registers = subject.architecture["num_register_tokens"]
-    official = Resampling("the official hub's defaults", 0.0 if registers else 0.1, bool(registers))
-    return Written("dinov2", "torch torchvision pillow", _CODE, more, official)
+    more = (
+        f"The code of the official hub takes the weights, too (it is downloaded):\n\n```py\n{call}```\n\nWith its own "
+        "values for `interpolate_...` it may give other tokens at other image sizes than that of training.\n"
+    )
+    return Written("dinov2", "torch torchvision pillow", _CODE, more)
 
 
 def official_call(subject: Subject) -> str | None:
