@@ -1,4 +1,4 @@
-"""The `dinocomp` command: convert images, plan a run, evaluate its weights, look at recipes."""
+"""The `dinocomp` command: convert images, plan a run, evaluate, use and export its weights, look at recipes."""
 
 import argparse
 import re
@@ -6,13 +6,15 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from dinocomp.commands import compare, convert, evaluate, plan, recipes, report, show
+from dinocomp.commands import compare, convert, embed, evaluate, export, plan, recipes, report, show
 from dinocomp.errors import DataError, DinocompError
 from dinocomp.hints import nearest
 
 _COMMANDS = {
     "convert": convert,
     "evaluate": evaluate,
+    "embed": embed,
+    "export": export,
     "plan": plan,
     "recipes": recipes,
     "show": show,

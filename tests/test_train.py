@@ -46,8 +46,7 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     page = (output / "report.html").read_text()
     assert "finished</span>" in page and "best k-NN accuracy" in page and 'data-chart="loss"' in page
     assert Image.open(output / "pictures" / "first_batch.png").width == 780
-    backbone = dinocomp.load_teacher(output / "teacher.safetensors")
-    assert backbone(torch.zeros(1, 3, 16, 16)).cls.shape == (1, 24)
+    assert dinocomp.load(output)(torch.zeros(1, 3, 16, 16)).shape == (1, 24)
 
     again = launch("quickstart", *words(output, **changes))
     assert again.returncode == 0 and "this run is finished" in again.stdout and "before training" in again.stdout

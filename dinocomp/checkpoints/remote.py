@@ -169,6 +169,20 @@ class RemoteFolder:
             shutil.rmtree(partial, ignore_errors=True)
         return final
 
+    def download_part(self, iteration: int, file: str, into: Path) -> Path:
+        """Fetch one file of a whole checkpoint, with the manifest's size and hash, to the folder `into`.
+
+        Raises:
+            RemoteError: it is not there, or comes broken again and again.
+        """
+        base = f"{FOLDER}/{folder_name(iteration)}"
+        text = self._patiently(lambda: self._read(f"{base}/{MANIFEST}"), f"{base}/{MANIFEST}")
+        entry = None if text is None else parse_manifest(text, f"{self.address}/{base}/{MANIFEST}").get(file)
+        if entry is None:
+            raise RemoteError(f"{self.address} has no whole checkpoint of iteration {iteration} with a {file}")
+        self._patiently(lambda: self._get(base, file, entry, into), f"{base}/{file}")
+        return into / file
+
     def delete(self, iteration: int) -> None:
         """Delete a checkpoint, whole or not: the manifest first, so that nobody sees half of one.
 

@@ -2,7 +2,7 @@
 
 from dinocomp.data.batch import Batch, split_batch
 from dinocomp.data.crops import CropSettings, evaluation_view, multi_crop
-from dinocomp.data.images import decode_rgb
+from dinocomp.data.images import decode_rgb, rgb_of
 from dinocomp.data.listing import ClassName, Source
 from dinocomp.data.loader import FirstPhase, MultiCropDataset, training_loader
 from dinocomp.data.masks import MaskSettings, batch_masks, block_mask, max_masked_patches
@@ -39,6 +39,7 @@ __all__ = [
     "max_masked_patches",
     "multi_crop",
     "open_images",
+    "rgb_of",
     "split_batch",
     "training_loader",
 ]

@@ -76,6 +76,18 @@ def _reduce(image: Image.Image, reduction: Reduction) -> None:
         image.draft(None, (width // by, height // by))
 
 
+def rgb_of(picture: Image.Image) -> torch.Tensor:
+    """The pixels of a Pillow image as `decode_rgb` gives those of a file, uint8 [3, H, W].
+
+    Raises:
+        DataError: they cannot be decoded or shown.
+    """
+    try:
+        return _to_tensor(_to_rgb(ImageOps.exif_transpose(picture)))
+    except _DAMAGE as error:
+        raise DataError(f"damaged or truncated: {error}") from None
+
+
 def encode(image: torch.Tensor, file_format: str) -> bytes:
     """Encode uint8 [3, H, W] as "PNG" (lossless) or "JPEG" (quality 95)."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())  # [H, W, 3]

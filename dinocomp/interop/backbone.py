@@ -1,12 +1,13 @@
 """Opening a frozen backbone, whoever trained it."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinocomp.checkpoints.folder import TEACHER
 from dinocomp.errors import WeightsError
@@ -49,8 +50,8 @@ def open_backbone(source: str | Path) -> Backbone:
     Args:
         source: a run's folder (its newest teacher), a ``teacher.safetensors``, a checkpoint of a run, a DINOv2 file
             (published, of the reference's training, timm's or Hugging Face's names), a folder that Hugging Face's
-            `save_pretrained` wrote, or, for other networks of those libraries, ``timm:NAME``, ``timm:NAME=FILE`` and
-            ``hf:FOLDER_OR_NAME``.
+            `save_pretrained`, timm or `dinocomp export` wrote, or, for other networks of those libraries,
+            ``timm:NAME``, ``timm:NAME=FILE`` and ``hf:FOLDER_OR_NAME``.
 
     Raises:
         WeightsError: there is none at `source`, or it is no backbone that is known.
@@ -62,12 +63,17 @@ def open_backbone(source: str | Path) -> Backbone:
     path = Path(source).expanduser()
     if not path.exists():
         raise WeightsError(f"no weights at {path}: {missing(path)}")
-    for teacher in (path / TEACHER, path.parent / TEACHER if path.suffix == ".pt" else path):
-        if teacher.is_file() and _is_teacher(teacher):
-            return load_teacher(teacher)
+    if teacher := teacher_of(path):
+        return load_teacher(teacher)
     if path.is_dir() and (path / "config.json").is_file():
-        return _from_hugging_face_folder(path)
-    return _rebuild(published(read_tensors(path)), str(path))
+        return _from_folder(path)
+    return _described(path) or _ready(_rebuild(published(read_tensors(path)), str(path)), {})
+
+
+def teacher_of(path: Path) -> Path | None:
+    """The teacher's file that `path` stands for: itself, one in this folder, or one beside a checkpoint's file."""
+    beside = path.parent / TEACHER if path.suffix == ".pt" else path
+    return next((file for file in (path / TEACHER, beside) if file.is_file() and _is_teacher(file)), None)
 
 
 def _is_teacher(path: Path) -> bool:
@@ -80,22 +86,65 @@ def _is_teacher(path: Path) -> bool:
         return True  # let it be said why it cannot be read
 
 
-def _from_hugging_face_folder(path: Path) -> Backbone:
-    """DINOv2 becomes our own network, without the other library; everything else is left to it."""
+def _described(path: Path) -> Backbone | None:
+    """What `dinocomp export --to safetensors` wrote: metadata say all that shapes do not."""
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+    except SafetensorError:
+        return None  # `read_tensors` says why
+    if not {"architecture", "mean", "std", "view"} <= about.keys():
+        return None
+    net = VisionTransformer(**json.loads(about["architecture"]))
+    load_strictly(net, read_tensors(path), str(path))
+    net.mean, net.std, net.view = (json.loads(about[name]) for name in ("mean", "std", "view"))
+    return net.eval().requires_grad_(False)
+
+
+def _from_folder(path: Path) -> Backbone:
+    """DINOv2 becomes our own network, without the other library; everything else is left to transformers."""
     config = json.loads((path / "config.json").read_text())
-    if config.get("model_type") not in ("dinov2", "dinov2_with_registers"):
+    if "interpolate_offset" in config:  # of `dinocomp export --to hub`
+        net = VisionTransformer(**config)
+        load_strictly(net, read_tensors(path / "backbone.pth"), str(path))
+        return _ready(net, json.loads((path / "preprocessing.json").read_text()))
+    if str(config.get("architecture")).endswith("dinov2"):  # timm's
+        net = _rebuild(published(read_tensors(path)), str(path), config.get("model_args", {}).get("num_heads"))
+        return _ready(net, _of_timm(config["pretrained_cfg"]))
+    kind = config.get("model_type")
+    if kind not in ("dinov2", "dinov2_with_registers"):
         return open_hugging_face(str(path))
-    return _rebuild(published(read_tensors(path)), str(path), num_heads=config.get("num_attention_heads"))
+    net = _rebuild(published(read_tensors(path)), str(path), config.get("num_attention_heads"))
+    if kind == "dinov2_with_registers":  # it may have none of them, and filters then, too
+        net.interpolate_offset, net.interpolate_antialias = 0.0, True
+    preparation = path / "preprocessor_config.json"
+    return _ready(net, _of_hugging_face(json.loads(preparation.read_text())) if preparation.is_file() else {})
 
 
-def _rebuild(tensors: dict[str, Tensor], source: str, num_heads: int | None = None) -> Backbone:
+def _of_hugging_face(about: dict[str, Any]) -> dict[str, Any]:
+    size, crop = about.get("size") or {}, about.get("crop_size") or {}
+    found = {"mean": about.get("image_mean"), "std": about.get("image_std")}
+    return found | {"resize": size.get("shortest_edge"), "crop": crop.get("height")}
+
+
+def _of_timm(about: dict[str, Any]) -> dict[str, Any]:
+    crop = about.get("input_size", [3, None])[-1]
+    resize = crop and math.floor(crop / about.get("crop_pct", 1.0))
+    return {"mean": about.get("mean"), "std": about.get("std"), "resize": resize, "crop": crop}
+
+
+def _rebuild(tensors: dict[str, Tensor], source: str, num_heads: int | None = None) -> VisionTransformer:
     net = VisionTransformer(**infer_architecture(tensors, source, num_heads))
     load_strictly(net, adapt(tensors, net).tensors, source)
-    return _ready(net)
+    return net
 
 
-def _ready(net: VisionTransformer) -> nn.Module:
-    net.mean, net.std = _IMAGENET["mean"], _IMAGENET["std"]
+def _ready(net: VisionTransformer, about: Mapping[str, Any]) -> Backbone:
+    """Frozen, with the preprocessing that is said (mean, std, resize, crop), or as published networks have it."""
+    net.mean, net.std = (about.get(name) or _IMAGENET[name] for name in ("mean", "std"))
     crop = max(net.patch_size, 224 // net.patch_size * net.patch_size)
-    net.view = (round(crop * 256 / 224), crop)
+    fits = about.get("resize") and about.get("crop") and not about["crop"] % net.patch_size
+    net.view = (about["resize"], about["crop"]) if fits else (round(crop * 256 / 224), crop)
     return net.eval().requires_grad_(False)

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinocomp.data import decode_rgb, evaluation_view
 from dinocomp.errors import WeightsError
 from dinocomp.models import VisionTransformer
 
@@ -102,11 +100,10 @@ def read_about(path: str | Path) -> dict[str, str]:
 
 
 def load_teacher(path: str | Path) -> VisionTransformer:
-    """The backbone of a run's teacher, ready to use.
+    """The backbone of a run's teacher, in eval mode, wanting no gradients (see `load`, which adds its preprocessing).
 
-    It is in eval mode, wants no gradients, and carries what `prepare_image` needs: `mean` and `std` (lists, by
-    channel), with which its images are normalised as (pixels / 255 - mean) / std, and `view` (pixels to resize and to
-    crop to).
+    It carries `mean` and `std` (lists, by channel), with which its images are normalised as
+    (pixels / 255 - mean) / std, and `view` (pixels to resize and to crop to).
 
     Args:
         path: a ``teacher.safetensors``.
@@ -120,14 +117,3 @@ def load_teacher(path: str | Path) -> VisionTransformer:
     backbone.load_state_dict({n.removeprefix(prefix): w for n, w in tensors.items() if n.startswith(prefix)})
     backbone.mean, backbone.std, backbone.view = (json.loads(about[name]) for name in ("mean", "std", "view"))
     return backbone.eval().requires_grad_(False)
-
-
-def prepare_image(path: str | Path, backbone: VisionTransformer) -> Tensor:
-    """An image file as the evaluation shows it to `backbone` (of `load_teacher`): [1, 3, crop, crop].
-
-    Raises:
-        DataError: the file is no image.
-    """
-    pixels = evaluation_view(decode_rgb(Path(path).read_bytes()), *backbone.view)  # uint8 [3, crop, crop]
-    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (backbone.mean, backbone.std))
-    return ((pixels / 255 - mean) / std)[None]

@@ -191,10 +191,11 @@ def _teacher(record: RunRecord) -> Safe:
     for name in record.weights:
         what = "of the newest checkpoint" if name == "teacher.safetensors" else "of the best k-NN accuracy"
         code = (
-            "from dinocomp import load_teacher, prepare_image\n\n"
-            f"model = load_teacher({str(record.folder / name)!r})\n"
-            'image = prepare_image("photo.jpg", model)  # [1, 3, H, W]\n'
-            "tokens = model(image)  # tokens.cls [1, D], tokens.patches [1, N, D]"
+            "import dinocomp\n\n"
+            f"model = dinocomp.load({str(record.folder / name)!r})\n"
+            'image = model.transform("photo.jpg")  # [3, H, W]\n'
+            "tokens = model.forward_features(image[None])  # x_norm_clstoken [1, D], x_norm_patchtokens [1, N, D]\n"
+            'names, features = model.embed("photos")  # of a folder: fp32 [n, D]'
         )
         blocks += [tag("p", tag("code", name), f", the teacher {what}:"), _code(code)]
     what = {"evaluate": "k-NN, linear and other probes", "show": "its features, in pictures"}

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
-import dinocomp
 from dinocomp.build import backbone_arguments, build_networks
 from dinocomp.config import load_config
 from dinocomp.errors import WeightsError
@@ -49,7 +47,7 @@ def saved(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
 
 def test_round_trip(saved: tuple[Path, torch.nn.Module]) -> None:
     path, backbone = saved
-    loaded = dinocomp.load_teacher(path)
+    loaded = load_teacher(path)
     image = torch.randn(2, 3, 32, 48)
     assert torch.equal(loaded(image).prenorm, backbone(image).prenorm)
     assert loaded.mean == [0.1, 0.2, 0.3] and loaded.std == [0.4, 0.5, 0.6] and not loaded.training
@@ -60,17 +58,6 @@ def test_round_trip(saved: tuple[Path, torch.nn.Module]) -> None:
     (path.parent / "other").touch()
     assert path.stat().st_mode == (path.parent / "other").stat().st_mode, "readable to whom other files are"
     assert not loaded(image).cls.requires_grad
-
-
-def test_an_image_is_prepared_as_for_evaluation(saved: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
-    path, _ = saved
-    model = dinocomp.load_teacher(path)
-    Image.new("RGB", (80, 60), (255, 0, 51)).save(tmp_path / "photo.png")
-    image = dinocomp.prepare_image(tmp_path / "photo.png", model)
-    assert image.shape == (1, 3, 32, 32)
-    expected = torch.tensor([(1 - 0.1) / 0.4, (0 - 0.2) / 0.5, (0.2 - 0.3) / 0.6])
-    torch.testing.assert_close(image[0, :, 16, 16], expected)
-    assert model(image).cls.shape == (1, 24)
 
 
 def test_mistakes(saved: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:

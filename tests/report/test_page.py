@@ -61,7 +61,7 @@ def test_all_that_it_needs_is_inside(tmp_path: Path) -> None:
     assert {place[1:] for place in outline.places if place.startswith("#")} <= set(outline.ids)
     pictures = re.findall(r'data-iteration="(\d+)"', page)
     assert len(pictures) == 12 and pictures[0] == "0" and pictures[-1] == "1000", "not all, but from first to last"
-    for words in ("optim.base_lr", "linear", "0.913", "by/lr", "careful", "1,438", "load_teacher(", "dinocomp show"):
+    for words in ("optim.base_lr", "linear", "0.913", "by/lr", "careful", "1,438", "dinocomp.load(", "dinocomp show"):
         assert words in page, words
     assert "optim.adamw_beta1" not in page.partition("<details>")[0], "what is as by default"
 
