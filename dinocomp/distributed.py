@@ -1,6 +1,7 @@
 """What the losses need of the other ranks, and what ranks agree on; on one process, nothing."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from dinocomp.errors import DinocompError
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=1)  # what rank 0 does for the others may be long; a rank that died ends the job at once
 
 _cpu_group: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # the default group, and gloo over its ranks
 
@@ -48,19 +51,23 @@ def on_rank_0(action: Callable[[], T]) -> T:
 
     Raises:
         DinocompError: on all ranks, where rank 0's action raises it; none is left waiting.
+        RuntimeError: on the others, where rank 0's action raises anything else.
     """
     if world_size() == 1:
         return action()
     outcome: list[Any] = [None, None]
+    raised: Exception | None = None
     if dist.get_rank() == 0:
         try:
             outcome = [action(), None]
         except DinocompError as error:
             outcome = [None, error]
+        except Exception as error:  # whatever it is, and whether it can be pickled or not
+            outcome, raised = [None, RuntimeError(f"rank 0: {type(error).__name__}: {error}")], error
     dist.broadcast_object_list(outcome, src=0, group=_gloo())
     result, error = outcome
     if error is not None:
-        raise error
+        raise raised or error
     return result
 
 
@@ -68,5 +75,5 @@ def _gloo() -> dist.ProcessGroup:
     global _cpu_group
     world = dist.group.WORLD
     if _cpu_group is None or _cpu_group[0] is not world:  # also after the default group was made anew
-        _cpu_group = (world, dist.new_group(backend="gloo"))
+        _cpu_group = (world, dist.new_group(backend="gloo", timeout=_PATIENCE))
     return _cpu_group[1]

@@ -8,20 +8,28 @@ from dinocomp.build.start import Start
 from dinocomp.callbacks.evaluation import Measures
 from dinocomp.config import Config, derive
 from dinocomp.data import Images, evaluation_pair
-from dinocomp.evaluate import Drawn
+from dinocomp.evaluate import Chosen, draw, match_classes
 from dinocomp.evaluate.online import LabelledPair, measure_knn, measure_label_free
 from dinocomp.method import DINOv2
 
 
 def labelled_pair(config: Config) -> LabelledPair | None:
-    """What k-NN is measured on; None where nothing is labelled."""
+    """What k-NN is measured on, labels numbered alike; None where nothing is labelled.
+
+    Raises:
+        DataError: as `evaluation_pair` and `match_classes`.
+    """
     evaluation = config.evaluation
     pair = evaluation_pair(
         config.train.dataset_path, evaluation.train_dataset_path, evaluation.val_dataset_path, **opening(config)
     )
     if pair is None:
         return None
-    return LabelledPair(Drawn(pair[0], evaluation.train_images), Drawn(pair[1], evaluation.val_images))
+    train, val = pair
+    return LabelledPair(
+        Chosen(train, draw(len(train), evaluation.train_images)),
+        Chosen(val, draw(len(val), evaluation.val_images), match_classes(train, val), train.classes or None),
+    )
 
 
 def build_measures(config: Config, start: Start, model: DINOv2, images: Images, pair: LabelledPair | None) -> Measures:

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -81,7 +81,8 @@ class OnlineEvaluation(Callback):
         self.export_teacher = export_teacher
         self.stop = stop
         self.found = on_rank_0(lambda: read_evaluations(self.path))
-        self.ended, self.took = time.monotonic(), 0.0  # the last evaluation
+        self.ended = time.monotonic()
+        self.took = self.found[max(self.found)].seconds if self.found else 0.0  # the last evaluation
         self.left_out = 0
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -152,18 +153,24 @@ class OnlineEvaluation(Callback):
                 knn = self.measures.knn(backbone)
             if self.measures.label_free:
                 label_free = self.measures.label_free(backbone)
-        best = max((evaluated.score for evaluated in self.found.values()), default=-1.0)
-        evaluated = Evaluated(iteration, knn, label_free, time.monotonic() - start)
-        self.found[iteration] = evaluated
-        if evaluated.score > best:
-            self._write_teacher(self.folder / BEST_TEACHER, iteration)
-        self._tell(evaluated, logger)
+        evaluated = Evaluated(iteration, knn, label_free)
+        if knn:
+            k, score = next(iter(knn.items()))  # an earlier process may have asked for others
+            if score > max((found.knn[k] for found in self.found.values() if k in found.knn), default=-1.0):
+                self._write_teacher(self.folder / BEST_TEACHER, iteration)
+        self._keep(evaluated)
         if self.measures.pictures:
-            self.measures.pictures(self.model, iteration, logger)
+            self.measures.pictures(self.model, iteration, logger)  # among them the curves of what was just kept
         self.ended = time.monotonic()
         self.took = self.ended - start
+        self._keep(replace(evaluated, seconds=self.took))
+        self._tell(self.found[iteration], logger)
+
+    def _keep(self, evaluated: Evaluated) -> None:
+        self.found[evaluated.iteration] = evaluated
         if dist.get_global_rank() == 0:
-            log.debug("evaluating iteration %d took %.1f s, pictures included", iteration, self.took)
+            with no_reason_to_stop(self.path):
+                write_evaluations(self.path, self.found)
 
     def _tell(self, evaluated: Evaluated, logger: Logger) -> None:
         logger.log_metrics(
@@ -173,14 +180,15 @@ class OnlineEvaluation(Callback):
         )
         if dist.get_global_rank() != 0:
             return
+        said = []
         if evaluated.knn:
             shown = "  ".join(f"k={k} {value:.1%}" for k, value in evaluated.knn.items())
-            log.info("k-NN accuracy of the teacher at iteration %d: %s", evaluated.iteration, shown)
+            said.append(f"k-NN accuracy of the teacher at iteration {evaluated.iteration}: {shown}")
         if evaluated.label_free:
             shown = "  ".join(f"{name} {value:.3g}" for name, value in evaluated.label_free.items())
-            log.info("without labels, the teacher at iteration %d: %s", evaluated.iteration, shown)
-        with no_reason_to_stop(self.path):
-            write_evaluations(self.path, self.found)
+            said.append(f"without labels, the teacher at iteration {evaluated.iteration}: {shown}")
+        if said:
+            log.info("%s (%.1f s)", "; ".join(said), evaluated.seconds)
 
     def _forget_best_after(self, finished: int) -> None:
         """The best teacher may be of an iteration that a resumed run has yet to come to again, perhaps otherwise."""

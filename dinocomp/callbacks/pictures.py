@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dinocomp.data import Images, evaluation_view, split_batch
 from dinocomp.data.listing import NO_LABEL
-from dinocomp.errors import DataError
 from dinocomp.method import DINOv2
 from dinocomp.method.losses import Centering
 from dinocomp.method.pixels import Colours
@@ -105,7 +104,10 @@ class Pictures:
         if dist.get_global_rank() != 0:
             return
         if looks is None:
-            log.warning("no pictures at iteration %d: none of %d images can be decoded", iteration, len(self.chosen))
+            log.warning(
+                "no pictures at iteration %d: none of the first %d images chosen can be decoded",
+                *(iteration, self.closely),
+            )
         elif not looks.finite:
             log.warning("no pictures at iteration %d: the teacher's features are not finite", iteration)
         else:
@@ -153,7 +155,8 @@ class Pictures:
         for i, number in enumerate(numbers if dist.get_global_rank() == 0 else ()):
             try:
                 sample, pixels = self.images.decode(number)
-            except DataError:  # evaluation and training say what is wrong with it
+            except Exception as error:  # other ranks wait in the forward pass, and no picture is worth a run
+                log.debug("image %d is left out of the pictures: %s", number, error)
                 continue
             views[i], labels[i], good[i] = evaluation_view(pixels, self.resize, self.crop), sample.label, True
         return views, labels, good

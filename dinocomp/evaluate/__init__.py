@@ -1,12 +1,13 @@
 """What the features are worth."""
 
-from dinocomp.evaluate.draw import Drawn, draw
+from dinocomp.evaluate.choose import Chosen, match_classes
+from dinocomp.evaluate.draw import draw
 from dinocomp.evaluate.features import Features, extract_features, gather_features
 from dinocomp.evaluate.knn import knn_accuracy, nearest
 from dinocomp.evaluate.label_free import extract_views, label_free_measures
 
 __all__ = [
-    "Drawn",
+    "Chosen",
     "Features",
     "draw",
     "extract_features",
@@ -14,5 +15,6 @@ __all__ = [
     "gather_features",
     "knn_accuracy",
     "label_free_measures",
+    "match_classes",
     "nearest",
 ]

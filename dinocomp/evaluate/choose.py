@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dinocomp.data import Images, Sample
-from dinocomp.data.listing import NO_LABEL, some
+from dinocomp.data.listing import NO_LABEL, ClassName, some
 from dinocomp.errors import DataError
 
 _HELD_OUT, _FEW = 302, 303  # streams of random numbers
@@ -20,13 +20,21 @@ class Chosen:
     Args:
         index: numbers of the images; None for all.
         labels: new label of each old one; None for the old ones.
+        classes: by new label; None for those of the images.
     """
 
-    def __init__(self, images: Images, index: Sequence[int] | None = None, labels: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        images: Images,
+        index: Sequence[int] | None = None,
+        labels: Sequence[int] | None = None,
+        classes: Sequence[ClassName] | None = None,
+    ) -> None:
         self.images = images
         self.index = range(len(images)) if index is None else index
         self.labels = labels
-        self.path = images.path
+        self.path, self.labelled = images.path, images.labelled
+        self.classes = images.classes if classes is None else classes
 
     def __len__(self) -> int:
         return len(self.index)

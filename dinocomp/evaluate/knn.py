@@ -41,7 +41,7 @@ def knn_accuracy(
     val = _kept(val)
     num_classes = int(train.labels.max()) + 1
     ranked = knn_top(
-        train, val.vectors, ks=ks, temperature=temperature, num_classes=num_classes, device=device, chunk=chunk
+        train, val.vectors, ks=ks, temperature=temperature, num_classes=num_classes, device=device, chunk=chunk, top=1
     )
     right = [(ranked[k][:, 0] == val.labels).sum() for k in ks]
     counts = torch.tensor([*right, len(val.labels)], dtype=torch.float64, device=device)
@@ -58,27 +58,31 @@ def knn_top(
     num_classes: int,
     device: torch.device | str = "cpu",
     chunk: int = 256,
+    top: int = TOP,
 ) -> dict[int, Tensor]:
     """The classes with the most votes, by the rule of `knn_accuracy`.
 
     Args:
         train: images with the label -1 are left out.
         queries: [m, D].
+        top: how many classes.
 
     Returns:
-        k -> int64 [m, min(5, classes)], best first. Of classes with the same votes (most have none) the smaller label
+        k -> int64 [m, min(top, classes)], best first. Of classes with the same votes (most have none) the smaller label
         comes first.
     """
     train = _kept(train)
     similarity, index = nearest(queries, train.vectors, max(ks), device=device, chunk=chunk)  # [m, k], [m, k]
-    found: dict[int, list[Tensor]] = {k: [torch.zeros(0, min(TOP, num_classes), dtype=torch.int64)] for k in ks}
+    found: dict[int, list[Tensor]] = {k: [torch.zeros(0, min(top, num_classes), dtype=torch.int64)] for k in ks}
     for close, numbers in zip(similarity.split(chunk), index.split(chunk), strict=True):
         votes = F.softmax(close / temperature, dim=1)  # [c, k]
         neighbours = train.labels[numbers]  # [c, k]
         for k in ks:
             score = votes.new_zeros(len(votes), num_classes)  # [c, classes]
             score.scatter_add_(1, neighbours[:, :k], votes[:, :k])
-            found[k].append(score.sort(dim=1, descending=True, stable=True).indices[:, :TOP])
+            # Sorting all classes of each image is most of the work where there are thousands.
+            best = score.argmax(1, True) if top == 1 else score.sort(dim=1, descending=True, stable=True).indices
+            found[k].append(best[:, :top])
     return {k: torch.cat(parts) for k, parts in found.items()}
 
 
@@ -120,4 +124,6 @@ def nearest(
 
 def _kept(features: Features) -> Features:
     kept = features.labels >= 0
+    if kept.all():
+        return features  # not a copy: they may be gigabytes
     return Features(features.vectors[kept], features.labels[kept])

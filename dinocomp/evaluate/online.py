@@ -11,8 +11,8 @@ import torch
 
 from dinocomp.data import CropSettings, Images
 from dinocomp.distributed import on_rank_0
-from dinocomp.evaluate.draw import Drawn
-from dinocomp.evaluate.features import extract_features, gather_features
+from dinocomp.evaluate.choose import Chosen
+from dinocomp.evaluate.features import Features, extract_features, gather_features
 from dinocomp.evaluate.knn import knn_accuracy
 from dinocomp.evaluate.label_free import extract_views, label_free_measures
 
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 class LabelledPair:
     """Images whose labels are known, and images to guess them for."""
 
-    train: Images | Drawn
-    val: Images | Drawn
+    train: Chosen
+    val: Chosen
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Evaluated:
     Attributes:
         knn: k -> top-1 accuracy.
         label_free: name -> value, see `label_free_measures`.
-        seconds: that it took, without pictures.
+        seconds: that it took, pictures included.
     """
 
     iteration: int
@@ -59,12 +59,13 @@ def measure_knn(
     **loading: Any,
 ) -> dict[int, float]:
     """k-NN accuracy on a labelled pair, on all ranks together; see `extract_features` and `knn_accuracy`."""
-    train, val = (
-        extract_features(backbone, images, resize=resize, crop=crop, **loading) for images in (pair.train, pair.val)
-    )
+
+    def features(images: Chosen) -> Features:
+        return extract_features(backbone, images, resize=resize, crop=crop, **loading)
+
     return knn_accuracy(
-        gather_features(train, len(pair.train)),
-        val,
+        gather_features(features(pair.train), len(pair.train)),  # of this rank's share no copy stays
+        features(pair.val),
         ks=ks,
         temperature=temperature,
         device=next(backbone.parameters()).device,
@@ -87,6 +88,9 @@ def measure_label_free(
     )  # [n, 1 + V, D]
     if len(found) < 2:
         log.warning("label-free measures need two images at least; %d could be decoded", len(found))
+        return {}
+    if not torch.isfinite(found).all():
+        log.warning("no label-free measures: the teacher's features are not finite")
         return {}
     return on_rank_0(lambda: label_free_measures(found))
 

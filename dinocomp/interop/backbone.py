@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dinocomp.checkpoints.folder import TEACHER
+from dinocomp.checkpoints.folder import STATE, TEACHER
 from dinocomp.errors import WeightsError
 from dinocomp.hints import missing
 from dinocomp.interop.adapt import adapt
@@ -72,7 +72,7 @@ def open_backbone(source: str | Path) -> Backbone:
 
 def teacher_of(path: Path) -> Path | None:
     """The teacher's file that `path` stands for: itself, one in this folder, or one beside a checkpoint's file."""
-    beside = path.parent / TEACHER if path.suffix == ".pt" else path
+    beside = path.parent / TEACHER if path.name == STATE else path
     return next((file for file in (path / TEACHER, beside) if file.is_file() and _is_teacher(file)), None)
 
 

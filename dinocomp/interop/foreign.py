@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinocomp.errors import WeightsError
+from dinocomp.interop.weights import read_tensors
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
@@ -97,6 +98,8 @@ def open_timm(name: str) -> TimmBackbone:
     if not timm.is_model(model):
         close = ", ".join(timm.list_models(f"*{model.split('.')[0]}*")[:3])
         raise WeightsError(f"timm knows no network '{model}'" + (f"; it knows {close}" if close else ""))
+    if path:
+        read_tensors(path)  # refuses a file that holds code, which some versions of timm would run
     try:
         net = timm.create_model(model, pretrained=not path, checkpoint_path=path, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
@@ -129,7 +132,7 @@ def _preprocessing(name: str) -> dict[str, Any]:
     path = Path(name).expanduser() / "preprocessor_config.json"
     if path.is_file():
         return json.loads(path.read_text())
-    if path.parent.is_dir():
+    if Path(name).expanduser().is_dir():
         return {}  # ImageNet's mean and deviation, and the size in the network's configuration
     from transformers import AutoImageProcessor
 

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from dinocomp.report.markup import Safe, card, moment, tag
 from dinocomp.report.record import RunRecord
 from dinocomp.report.verdict import knn_of, verdicts
@@ -66,6 +68,11 @@ def _cards(record: RunRecord) -> list[Safe]:
     if math.isfinite(record.training_seconds):
         left = f"{duration(record.seconds_left)} left" if record.status == "running" else "without evaluations"
         cards.append(card("time in training", duration(record.training_seconds), left))
+    if len(spent := record.evaluations.get("seconds", ())):
+        total = float(np.nansum(spent))
+        share = total / (total + record.training_seconds)
+        note = f"{percent(share)} of the time" if math.isfinite(share) else "pictures included"
+        cards.append(card("evaluations", duration(total), note))
     memory = record.recent("memory_gb")
     if math.isfinite(memory):
         cards.append(card("memory", f"{memory:.1f} GB", "peak of a process"))

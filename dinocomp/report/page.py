@@ -1,6 +1,7 @@
 """The page of one run: `render`."""
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dinocomp.report.panels import Chart, charts_of, columns_of
 from dinocomp.report.pictures import inline, spread
 from dinocomp.report.record import RunRecord
 from dinocomp.report.verdict import Gauge, gauges_of
-from dinocomp.report.words import count, flat, number
+from dinocomp.report.words import count, number
 
 _PICTURES = 12  # of the PCA over time, in a page
 _KINDS = {
@@ -150,15 +151,12 @@ def _picture(path: Path, title: str, words: str, **attributes: str) -> Safe:
 
 def _results(record: RunRecord) -> Safe:
     """What `dinocomp evaluate` found, whatever protocols it has."""
-    protocols = record.results.get("protocols")
-    if not isinstance(protocols, dict):
+    found = record.results.get("table")
+    if not isinstance(found, list):
         return Safe()
-    rows = [
-        (protocol, name, _shown(value))
-        for protocol, numbers in protocols.items()
-        for name, value in (flat(numbers) if isinstance(numbers, dict) else {"": numbers}).items()
-        if isinstance(value, int | float | str)
-    ]
+    rows = [[str(cell) for cell in row] for row in found if isinstance(row, list) and len(row) == 3]
+    confusion = record.results.get("confusion")
+    worst = confusion.get("worst_classes") if isinstance(confusion, dict) else None
     about = {key: record.results.get(key) for key in ("weights", "iteration", "train", "val")}
     said = [(name, value) for name, value in about.items() if value is not None]
     return section(
@@ -166,12 +164,19 @@ def _results(record: RunRecord) -> Safe:
         "Evaluation",
         facts(said),
         table(("protocol", "measure", "value"), rows, "Results"),
+        table(("class", "recognised", "taken for"), _confused(worst), "Classes that are recognised least often"),
         words="By dinocomp evaluate.",
     )
 
 
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else str(value) if isinstance(value, bool) else number(float(value), 4)
+def _confused(worst: Any) -> Iterator[tuple[str, str, str]]:
+    """Class, how often it is recognised and what it is taken for, of the rows that can be read."""
+    for row in worst if isinstance(worst, list) else ():
+        try:
+            others = ", ".join(f"{other['class']} ({other['share']:.1%})" for other in row["taken_for"])
+            yield str(row["class"]), f"{row['recall']:.1%} of {row['images']}", others
+        except (KeyError, TypeError, ValueError):  # written by hand, or cut short
+            continue
 
 
 def _speed(charts: list[Chart]) -> Safe:

@@ -8,10 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from composer.utils import dist, get_device
+from PIL import Image
+from sklearn.datasets import load_digits
 
+from dinocomp.build import build_run, check_start
+from dinocomp.build.evaluation import labelled_pair
 from dinocomp.callbacks import OnlineEvaluation
 from dinocomp.callbacks.evaluation import Measures
 from dinocomp.checkpoints.folder import BEST_TEACHER, TEACHER
+from dinocomp.config import load_config
 from dinocomp.evaluate.online import Evaluated, read_evaluations, write_evaluations
 from dinocomp.interop import read_about, read_teacher
 from dinocomp.train import main
@@ -22,11 +28,12 @@ pytestmark = pytest.mark.usefixtures("one_cache")
 
 
 def test_training_does_not_notice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The same weights to the last bit with every measure at every iteration, in spite of drop path and workers."""
+    """The same weights to the last bit with every measure and pictures, in spite of drop path and workers."""
     nothing = yaml_of_nothing(tmp_path)
     every = {
-        "evaluation__eval_period_iterations": 1,
+        "evaluation__eval_period_iterations": 4,
         "evaluation__at_start": "true",
+        "evaluation__pictures": "true",
         "evaluation__label_free": "always",
         "evaluation__label_free_images": 16,
         "evaluation__label_free_views": 2,
@@ -40,10 +47,11 @@ def test_training_does_not_notice(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
 
     found = read_evaluations(tmp_path / "with" / "evaluation.jsonl")
-    assert sorted(found) == list(range(9)) and all(evaluated.seconds > 0 for evaluated in found.values())
+    assert sorted(found) == [0, 4, 8] and all(evaluated.seconds > 0 for evaluated in found.values())
     assert {*found[8].label_free} == {"rankme", "lidar", "neighbour_consistency"}
     best = max(found.values(), key=lambda evaluated: evaluated.score)
     assert int(read_about(tmp_path / "with" / BEST_TEACHER)["iteration"]) == best.iteration
+    assert (tmp_path / "with/pictures/iteration-00000004/pca.png").exists()
     assert "k-NN accuracy on 50 held-out images" in capsys.readouterr().out
 
 
@@ -152,3 +160,41 @@ def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read_evaluations(path) == found and found[3].score == 0.5 and found[9].score == -1
     path.write_text(path.read_text()[:-20])  # cut short
     assert read_evaluations(path) == {3: found[3]}
+
+
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    """Of two folders that number their classes each in its own way; the online accuracy is that of the right labels."""
+    digits = load_digits()
+    for split, start in (("train", 0), ("val", 500)):
+        for label in range(0 if split == "train" else 2, 5):  # val lacks the first two
+            folder = tmp_path / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in [i for i in range(start, start + 300) if digits.target[i] == label][:12]:
+                Image.fromarray((digits.images[i] * 15).astype("uint8")).resize((16, 16)).save(folder / f"{i}.png")
+    paths = {f"evaluation__{split}_dataset_path": tmp_path / split for split in ("train", "val")}
+    config = load_config(None, words(tmp_path / "run", **paths, data__cache_dir=tmp_path / "cache")).config
+    pair = labelled_pair(config)
+    assert [name for _, name in pair.val.classes] == [name for _, name in pair.train.classes]
+    for images in (pair.train, pair.val):
+        for i in range(len(images)):
+            sample, _ = images.decode(i)
+            assert images.classes[sample.label].id == sample.key.split("/")[0]
+
+
+def test_a_diverged_teacher_is_no_reason_to_stop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = small_folder(tmp_path / "images", 20)
+    settings = words(tmp_path / "run", train__dataset_path=images, evaluation__label_free_images=16)
+    config = load_config(None, settings).config
+    dist.initialize_dist(get_device("cpu"))
+    run = build_run(config, check_start(config))
+    with torch.no_grad():
+        run.model.networks("teacher")["backbone"].pos_embed.fill_(torch.nan)
+    assert run.callbacks.evaluation.measures.label_free(run.model.shells("teacher")["backbone"]) == {}
+    assert "not finite" in caplog.text
+
+
+def test_only_accuracies_of_the_same_k_are_compared(tmp_path: Path, clock: Clock) -> None:
+    """A run that goes on with other neighbours begins to compare anew."""
+    write_evaluations(tmp_path / "evaluation.jsonl", {5: Evaluated(5, {20: 0.9})})
+    run(evaluation_of(tmp_path, clock, iter([0.4])), clock, 6, 9)
+    assert (tmp_path / BEST_TEACHER).read_text() == "9"

@@ -8,7 +8,7 @@ import torch
 
 from dinocomp.data import CropSettings, Sample
 from dinocomp.data.reader import BadImage
-from dinocomp.evaluate import Drawn, draw, extract_views, label_free_measures
+from dinocomp.evaluate import Chosen, draw, extract_views, label_free_measures
 from dinocomp.evaluate.label_free import lidar, neighbour_consistency, rankme
 from dinocomp.models import VisionTransformer
 
@@ -118,5 +118,5 @@ def test_views_of_a_fixed_draw() -> None:
 def test_a_draw_is_fixed() -> None:
     assert draw(5, 0) == draw(5, 9) == [0, 1, 2, 3, 4]
     assert draw(1000, 10) == draw(1000, 10) == sorted(set(draw(1000, 10))) and len(draw(1000, 10)) == 10
-    drawn = Drawn(Noise(), 3)
+    drawn = Chosen(Noise(), draw(23, 3))
     assert len(drawn) == 3 and drawn.decode(1)[0].key == str(draw(23, 3)[1])

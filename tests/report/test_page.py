@@ -51,7 +51,10 @@ class Outline(HTMLParser):
 def test_all_that_it_needs_is_inside(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", pictures=tuple(range(0, 1001, 50)), warnings=("careful",))
     (folder / "evaluate").mkdir()
-    results = {"weights": "teacher.safetensors", "protocols": {"linear": {"top1": 0.913, "by": {"lr": 0.1}}}}
+    results = {"weights": "teacher.safetensors", "table": [["linear", "top-1", "91.3 %"], "cut"]}
+    taken = [{"class": "seven", "images": 3, "share": 0.25}]
+    rows = [{"class": "one", "images": 12, "recall": 0.75, "taken_for": taken}, {"class": "two"}]
+    results["confusion"] = {"protocol": "linear", "worst_classes": rows}
     (folder / "evaluate" / "results.json").write_text(json.dumps(results))
     page = render(read_run(folder))
     outline = Outline(page)
@@ -61,7 +64,16 @@ def test_all_that_it_needs_is_inside(tmp_path: Path) -> None:
     assert {place[1:] for place in outline.places if place.startswith("#")} <= set(outline.ids)
     pictures = re.findall(r'data-iteration="(\d+)"', page)
     assert len(pictures) == 12 and pictures[0] == "0" and pictures[-1] == "1000", "not all, but from first to last"
-    for words in ("optim.base_lr", "linear", "0.913", "by/lr", "careful", "1,438", "dinocomp.load(", "dinocomp show"):
+    for words in (
+        "optim.base_lr",
+        "linear",
+        "91.3 %",
+        "seven (25.0%)",
+        "careful",
+        "1,438",
+        "dinocomp.load(",
+        "dinocomp show",
+    ):
         assert words in page, words
     assert "optim.adamw_beta1" not in page.partition("<details>")[0], "what is as by default"
 
@@ -80,7 +92,7 @@ def test_no_name_becomes_markup(tmp_path: Path, where: str) -> None:
     )
     if where == "protocol":
         (folder / "evaluate").mkdir()
-        (folder / "evaluate" / "results.json").write_text(json.dumps({"protocols": {EVIL: {EVIL: EVIL}}}))
+        (folder / "evaluate" / "results.json").write_text(json.dumps({"table": [[EVIL, EVIL, EVIL]]}))
     outline = Outline(render(read_run(folder)))
     assert outline.tags.count("script") == 3 and outline.handlers == []
 
