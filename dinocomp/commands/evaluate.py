@@ -10,7 +10,6 @@ from dinocomp.commands.types import above_zero, fraction, positive, positives, w
 from dinocomp.errors import ConfigError
 
 TEXT = "measure frozen weights: k-NN, linear probe, logistic regression, retrieval, segmentation"
-LABELLED = ("knn", "linear", "logreg", "retrieval")  # as in dinocomp.evaluate.run, whose import takes seconds
 _DAY = 86400  # seconds that a rank may wait for another one's logistic regression
 
 
@@ -25,7 +24,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--val", metavar="PATH", help="labelled images to score (default: the run's, or those of --train)"
     )
     parser.add_argument(
-        "--protocols", type=_protocols, metavar="A,B", help=f"{','.join(LABELLED)},segmentation (default: all that can)"
+        "--protocols",
+        type=_protocols,
+        metavar="A,B",
+        help="knn,linear,logreg,retrieval,segmentation (default: all that can)",
     )
     parser.add_argument("--output", metavar="DIR", help="folder for the results (default: RUN/evaluate)")
     parser.add_argument("--cache-dir", default="", metavar="DIR", help="folder for converted images, as data.cache_dir")
@@ -129,6 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def output_folder(arguments: argparse.Namespace) -> Path:
     """`--output`; else RUN/evaluate, RUN/evaluate-NAME for its other weights, or evaluate-NAME beside them, or here."""
+    from dinocomp.checkpoints.folder import STATE, TEACHER
     from dinocomp.commands.evaluate_plan import run_of
 
     if arguments.output:
@@ -138,8 +141,10 @@ def output_folder(arguments: argparse.Namespace) -> Path:
         return Path(f"evaluate-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', arguments.weights)}")
     if run is not None and path.absolute() in (run.absolute(), run.absolute() / "teacher.safetensors"):
         return run / "evaluate"
-    # A checkpoint's folder is not written to; the teachers of a run all have the same name.
-    name = path.name if path.is_dir() else path.parent.name if run and path.stem == "teacher" else path.stem
+    # A checkpoint's folder is not written to; all teachers of a run have the same name, and so have its checkpoints.
+    name = path.stem
+    if path.is_dir() or (run and path.name in (TEACHER, STATE)):
+        name = path.absolute().name if path.is_dir() else path.absolute().parent.name
     return (run or path.parent) / f"evaluate-{name}"
 
 
@@ -160,13 +165,14 @@ def _on_gpu(device: str) -> bool:
 
 
 def _protocols(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    known = (*LABELLED, "segmentation")
-    for name in names:
-        if name not in known:
-            from dinocomp.hints import did_you_mean
+    from dinocomp.evaluate.plan import PROTOCOLS  # takes seconds, so not for --help
+    from dinocomp.hints import did_you_mean
 
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}.{did_you_mean(name, known)}")
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in PROTOCOLS:
+            hint = did_you_mean(name, PROTOCOLS)
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PROTOCOLS)}.{hint}")
     return names
 
 

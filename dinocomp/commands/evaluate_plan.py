@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
+from dinocomp.checkpoints.folder import TEACHER
+from dinocomp.commands.view import check_patches, choose_view
 from dinocomp.config import Config, derive, load_config
 from dinocomp.data import Images, evaluation_pair, open_images
 from dinocomp.errors import ConfigError, DataError, WeightsError
 from dinocomp.evaluate.linear import LinearSettings, Seen
-from dinocomp.evaluate.run import LABELLED, PROTOCOLS, KnnSettings, LogregSettings, Plan
+from dinocomp.evaluate.plan import LABELLED, PROTOCOLS, KnnSettings, LogregSettings, Plan
 from dinocomp.evaluate.segmentation import SegmentationSettings
 from dinocomp.interop import Backbone, open_backbone, read_iteration
 from dinocomp.method.pixels import Normalize
 from dinocomp.output import CONFIG, LOG
 
-_KS = (10, 20, 100, 200)
 _LOGREG_UP_TO = 100_000  # training images; beyond, it takes hours unless it is asked for
 
 Say = Callable[[str], None]
@@ -32,20 +33,16 @@ def make_plan(arguments: argparse.Namespace, gpu: bool, say: Say) -> tuple[Backb
     """
     config = _config_of(arguments.weights)
     backbone = open_backbone(arguments.weights)
-    train, val = _open_pair(arguments, config)
+    asked = arguments.protocols
+    train, val = _open_pair(arguments, config) if asked is None or set(asked) & set(LABELLED) else (None, None)
     masks = _masks(arguments)
     protocols = _choose(arguments, train, val, masks, say)
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     backbone.to(device)
     precision = ("bf16" if gpu else "fp32") if arguments.precision == "auto" else arguments.precision
-    resize, crop = arguments.resize or backbone.view[0], arguments.crop or backbone.view[1]
-    if arguments.crop and not arguments.resize:
-        resize = max(1, round(backbone.view[0] * crop / backbone.view[1]))  # the same part of the image
-    patch = backbone.patch_size
-    if crop % patch and (arguments.crop or masks):
-        raise ConfigError(
-            f"--crop {crop} is not a whole number of patches of {patch} pixels; {crop // patch * patch or patch} is"
-        )
+    resize, crop = choose_view(backbone.view, arguments.resize, arguments.crop)
+    if arguments.crop or masks:  # networks of other libraries may look at less than whole patches
+        check_patches("--crop", crop, backbone.patch_size)
     _check_size(backbone, crop)
     workers = arguments.workers
     if workers is None:
@@ -79,7 +76,8 @@ def make_plan(arguments: argparse.Namespace, gpu: bool, say: Say) -> tuple[Backb
         limit_train=arguments.limit_train,
         limit_val=arguments.limit_val,
         keep_features=arguments.keep_features,
-        knn=KnnSettings(_ks(arguments, train, say), arguments.temperature, arguments.shots, arguments.tries),
+        knn=KnnSettings(_ks(arguments, train), arguments.temperature, arguments.shots, arguments.tries),
+        k_asked=arguments.k is not None,
         linear=LinearSettings(
             epochs=arguments.linear_epochs,
             iterations=arguments.linear_iterations or 0,
@@ -174,15 +172,12 @@ def _choose(arguments: argparse.Namespace, train: Any, val: Any, masks: Any, say
     return tuple(name for name in PROTOCOLS if name in asked)
 
 
-def _ks(arguments: argparse.Namespace, train: Any, say: Say) -> tuple[int, ...]:
-    if train is None:
-        return _KS
-    size = min(len(train), arguments.limit_train or len(train))
+def _ks(arguments: argparse.Namespace, train: Any) -> tuple[int, ...]:
     if arguments.k is None:
-        fitting = tuple(k for k in _KS if k <= size) or (size,)
-        if fitting != _KS:
-            say(f"note: train has {size} images, so k is {', '.join(map(str, fitting))}")
-        return fitting
+        return KnnSettings.ks  # of which those are left out that are too many for the images that can be decoded
+    if train is None:
+        return arguments.k
+    size = min(len(train), arguments.limit_train or len(train))
     if max(arguments.k) > size:
         raise DataError(f"--k {max(arguments.k)} is more than the {size} images of train; give smaller ones")
     return tuple(dict.fromkeys(arguments.k))
@@ -212,6 +207,8 @@ def _check_size(backbone: Any, crop: int) -> None:
     """Refuses images that a network of another library does not take."""
     try:
         _forward(backbone, crop, 1)
+    except torch.OutOfMemoryError:  # a RuntimeError that tells nothing of the size that the backbone was made for
+        raise
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"the backbone takes no images of {crop} x {crop} pixels ({error}); it was made for {backbone.view[1]}: "
@@ -251,16 +248,28 @@ def _config_of(weights: str) -> Config | None:
 
 def _identity(weights: str) -> list:
     """What changes when other weights come to lie at the same place."""
-    path = Path(weights).expanduser()
-    files = (
-        [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in (".safetensors", ".bin", ".pt"))
-    )
-    if path.is_dir() and (path / "teacher.safetensors").is_file():
-        files = [path / "teacher.safetensors"]
-    return [
-        str(path.resolve()) if path.exists() else weights,
-        *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
-    ]
+    how, path = _place(weights)
+    if path is None:
+        return [weights]
+    if path.is_file():
+        files = [path]
+    elif (path / TEACHER).is_file():
+        files = [path / TEACHER]
+    else:  # Hugging Face's folders and checkpoints; of the latter the endings are many
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [how, str(path.resolve()), *states]
+
+
+def _place(weights: str) -> tuple[str, Path | None]:
+    """What `open_backbone` makes of them, and the file or folder that it reads; None for published ones."""
+    how, text = "", weights
+    if weights.startswith("timm:"):
+        how, _, text = weights.partition("=")
+    elif weights.startswith("hf:"):
+        how, text = "hf:", weights.removeprefix("hf:")
+    path = Path(text).expanduser()
+    return how, path if text and path.exists() else None
 
 
 def _iteration(weights: str) -> int | None:

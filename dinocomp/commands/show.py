@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinocomp.commands.types import positive
+from dinocomp.commands.view import check_patches, choose_view
 from dinocomp.errors import ConfigError
 from dinocomp.hints import obstacle
 
@@ -189,18 +190,10 @@ def _images(arguments: argparse.Namespace, folder: Path | None) -> Few:
 
 def _sizes(arguments: argparse.Namespace, backbone: Backbone) -> tuple[tuple[int, int], int]:
     """The view (resize, crop), and the side at which patches are looked at, all in pixels."""
-    resize, crop = backbone.view
-    if arguments.crop:
-        resize, crop = round(resize * arguments.crop / crop), arguments.crop
-    resize = arguments.resize or resize
-    size, patch = arguments.size or crop, backbone.patch_size
-    for key, pixels in (("--crop", crop), ("--size", size)):
-        if pixels % patch:
-            below = pixels // patch * patch
-            fitting = " or ".join(str(n) for n in (below, below + patch) if n)
-            raise ConfigError(f"{key} {pixels} is no whole number of patches of {patch} pixels; type {key} {fitting}")
-    if resize < crop:
-        raise ConfigError(f"--resize {resize} is smaller than the crop of {crop} pixels; type --resize {crop} or more")
+    resize, crop = choose_view(backbone.view, arguments.resize, arguments.crop)
+    size = arguments.size or crop
+    for flag, pixels in (("--crop", crop), ("--size", size)):
+        check_patches(flag, pixels, backbone.patch_size)
     return (resize, crop), size
 
 

@@ -19,24 +19,18 @@ def positives(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.split(","))
 
 
-def above_zero(text: str) -> float:
+def above_zero(text: str, what: str = "a number above 0") -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return value
 
 
 def gigabytes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes above 0, such as 80")
-    return value
+    return above_zero(text, "a number of gigabytes above 0, such as 80")
 
 
 def fraction(text: str) -> float:

@@ -127,5 +127,22 @@ def check_labels(train: Tensor, val: Tensor, names: Sequence[str], where: str, *
         raise DataError(f"no image of {where} is of these classes, which are asked for: {named}")
 
 
+def check_held_out(labels: Tensor, fraction: float, where: str, protocol: str, instead: str) -> None:
+    """Refuses training images of which none can be held out to choose on.
+
+    Args:
+        labels, fraction: see `hold_out`.
+        where, protocol, instead: the images' place, who is to choose, and what else can be done, for the message.
+
+    Raises:
+        DataError: no class has two images.
+    """
+    if not hold_out(labels, fraction).any():
+        raise DataError(
+            f"{protocol}: {where} has one image of each class, so that none can be held out to choose on; give more "
+            f"images of each class, or {instead}"
+        )
+
+
 def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox((seed, stream)))

@@ -1,5 +1,6 @@
 """Images with a mask each: a class for each pixel."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +90,12 @@ def read_mask(path: Path) -> Tensor:
     return torch.from_numpy(values.astype(np.uint8))
 
 
-def classes_of(pairs: MaskPairs) -> Tensor:
-    """How many pixels of each value there are in all masks: int64 [256]."""
+def classes_of(pairs: MaskPairs, advance: Callable[[int], object] = lambda count: None) -> Tensor:
+    """How many pixels of each value there are in all masks: int64 [256]. `advance` is told of each mask."""
     counts = torch.zeros(IGNORED + 1, dtype=torch.int64)
     for path in pairs.masks:
         counts += torch.bincount(read_mask(path).flatten().long(), minlength=IGNORED + 1)
+        advance(1)
     return counts
 
 

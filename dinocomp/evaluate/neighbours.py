@@ -1,6 +1,6 @@
 """What the nearest training images take an image for: whole rankings of classes, not only who is right."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from composer.utils import dist
@@ -22,6 +22,7 @@ def knn(
     device: torch.device | str = "cpu",
     shots: Sequence[int] = (),
     tries: int = 5,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> tuple[dict, Tensor]:
     """k-NN classification, with all training images and with few of each class.
 
@@ -30,6 +31,7 @@ def knn(
 
     Args:
         train, val: whole sets, on every rank.
+        advance: told of each search, of all images and of each draw.
 
     Returns:
         ``{"top1": {k: share}, "top5": {k: share}, "few_shot": {shots: {k: {"mean", "std", "tries"}}}}`` (few_shot where
@@ -39,6 +41,7 @@ def knn(
 
     def top(some: Features, ks: Sequence[int] = ks) -> dict[int, Tensor]:
         own = knn_top(some, mine, ks=ks, temperature=temperature, num_classes=num_classes, device=device)
+        advance(1)
         return {k: gather_rows(classes.to(device), len(val.labels)).cpu() for k, classes in own.items()}
 
     ranked = top(train)
@@ -51,11 +54,16 @@ def knn(
         of_tries: dict[int, list[float]] = {}
         for seed in range(tries):
             index = few_of_each(train.labels, number, seed)
-            fitting = [k for k in ks if k <= len(index)] or [len(index)]
-            for k, classes in top(Features(train.vectors[index], train.labels[index]), fitting).items():
+            few = Features(train.vectors[index], train.labels[index])
+            for k, classes in top(few, fitting(ks, len(index))).items():
                 of_tries.setdefault(k, []).append(share_right(classes[:, :1], val.labels))
         result["few_shot"][str(number)] = {str(k): spread(values) for k, values in of_tries.items()}
     return result, ranked[ks[0]][:, 0]
+
+
+def fitting(ks: Sequence[int], voters: int) -> tuple[int, ...]:
+    """Those of `ks` that are not more than the images that can vote; if each is, the number of those."""
+    return tuple(k for k in ks if k <= voters) or (voters,)
 
 
 def share_right(classes: Tensor, labels: Tensor) -> float:

@@ -33,7 +33,8 @@ class Results:
 
     Attributes:
         content: of the file: `facts`, and ``protocols`` (name -> measurements, ``headline``, ``settings``,
-            ``made_with``, ``of``); ``confusion``; and ``table``, what people want to see of it.
+            ``made_with``, ``of``); ``confusion``; ``features`` (``seconds`` that they took, of
+            so many ``images``); and ``table``, what people want to see of it.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], *, weights: str, images: str | None) -> None:
@@ -44,9 +45,10 @@ class Results:
         except (OSError, ValueError):  # none yet, or cut short: all is measured again
             earlier = {}
         protocols = {name: result for name, result in earlier.get("protocols", {}).items() if self._is_of(name, result)}
-        if images is None and any(name != _ON_MASKS for name in protocols):
+        labelled = any(name != _ON_MASKS for name in protocols)
+        if images is None and labelled:
             facts |= {name: earlier[name] for name in _OF_IMAGES if name in earlier}
-        kept = {name: earlier[name] for name in ("confusion",) if name in earlier}
+        kept = {name: earlier[name] for name in ("confusion", "features") if labelled and name in earlier}
         self.content: dict[str, Any] = facts | {"protocols": protocols} | kept
 
     def _is_of(self, name: str, result: dict[str, Any]) -> bool:

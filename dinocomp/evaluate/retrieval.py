@@ -1,12 +1,13 @@
 """Image retrieval: does a query's ranking of all images begin with those of its class?"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor
 
+from dinocomp.errors import DataError
 from dinocomp.evaluate.features import Features
 from dinocomp.evaluate.share import gather_rows
 
@@ -19,6 +20,7 @@ def retrieval(
     *,
     at: Sequence[int] = (1, 5),
     device: torch.device | str = "cpu",
+    advance: Callable[[int], object] = lambda count: None,
 ) -> dict:
     """Mean average precision, and how often one of the first k is of the query's class, by cosine.
 
@@ -28,6 +30,8 @@ def retrieval(
     Args:
         index: images that are searched; those with the label -1 are left out.
         queries: None for leave-one-out: each image of `index` searches all the others.
+
+        advance: told of the queries of this rank that are done.
 
     Returns:
         ``{"map": mean, "recall": {k: share}, "queries": number, "left_out": number, "leave_one_out": bool}``
@@ -49,6 +53,7 @@ def retrieval(
             similarity.scatter_(1, itself, -torch.inf)  # behind all others, where it changes nothing
             relevant.scatter_(1, itself, False)
         rows.append(_measure(similarity, relevant, at))
+        advance(len(part))
     measured = gather_rows(torch.cat(rows), len(queries.labels))  # [queries, 2 + k]
     counted = measured[measured[:, 0] > 0]
     if not len(counted):
@@ -61,6 +66,28 @@ def retrieval(
         "left_out": len(measured) - len(counted),
         "leave_one_out": leave_one_out,
     }
+
+
+def check_queries(index: Tensor, queries: Tensor | None, where: str) -> None:
+    """Refuses images of which none has another one of its class to find.
+
+    Args:
+        index, queries: labels, int64 [n], [m]; see `retrieval`.
+        where: the place of the images that are searched, for the message.
+
+    Raises:
+        DataError: there is no such query.
+    """
+    labels, counts = index[index >= 0].unique(return_counts=True)
+    if queries is None and not (counts > 1).any():
+        raise DataError(
+            f"retrieval: {where} has one image of each class, which has none to find; give more images of each class, "
+            "or --val PATH with images that are to find these"
+        )
+    if queries is not None and not torch.isin(queries, labels).any():
+        raise DataError(
+            f"retrieval: no image of val has one of its class to find in {where}; give more with --limit-train"
+        )
 
 
 def average_precision(similarity: Tensor, relevant: Tensor) -> Tensor:

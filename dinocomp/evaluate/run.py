@@ -3,90 +3,32 @@
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from composer.utils import dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dinocomp.data import Images
 from dinocomp.data.listing import ClassName
 from dinocomp.data.progress import Progress
-from dinocomp.distributed import on_rank_0
+from dinocomp.distributed import any_rank, on_rank_0
 from dinocomp.errors import DataError
-from dinocomp.evaluate.choose import Chosen, check_labels, match_classes
+from dinocomp.evaluate.choose import Chosen, check_held_out, check_labels, match_classes
 from dinocomp.evaluate.draw import draw
 from dinocomp.evaluate.features import Features, extract_features, gather_features
-from dinocomp.evaluate.linear import LinearSettings, Seen, linear_probe
+from dinocomp.evaluate.linear import Seen, linear_probe
 from dinocomp.evaluate.logistic import c_grid, logistic_regression
 from dinocomp.evaluate.mask_pairs import find_pairs
-from dinocomp.evaluate.neighbours import knn
+from dinocomp.evaluate.neighbours import fitting, knn
+from dinocomp.evaluate.plan import LABELLED, Plan
 from dinocomp.evaluate.results import Results, fingerprint
-from dinocomp.evaluate.retrieval import retrieval
-from dinocomp.evaluate.saved import SavedHeads
-from dinocomp.evaluate.segmentation import SegmentationSettings, segmentation_probe
+from dinocomp.evaluate.retrieval import check_queries, retrieval
+from dinocomp.evaluate.saved import SavedHeads, read_features, save_features
+from dinocomp.evaluate.segmentation import segmentation_probe
 from dinocomp.interop import Backbone
-
-LABELLED = ("knn", "linear", "logreg", "retrieval")  # in the order in which they are done
-PROTOCOLS = (*LABELLED, "segmentation")
-
-
-@dataclass(frozen=True)
-class KnnSettings:
-    """See `knn`; the reference's values."""
-
-    ks: tuple[int, ...] = (10, 20, 100, 200)
-    temperature: float = 0.07
-    shots: tuple[int, ...] = ()
-    tries: int = 5
-
-
-@dataclass(frozen=True)
-class LogregSettings:
-    """See `logistic_regression`; `c_values` of `c_grid`."""
-
-    c_values: int = 12
-    fraction: float = 0.1
-    seed: int = 0
-    max_iterations: int = 1000
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be evaluated, on what, and how.
-
-    Attributes:
-        weights: what they were given as.
-        identity: what changes when the weights do.
-        iteration: finished training steps, where that is known.
-        train, val: labelled images; of a single set, `train` alone (retrieval, leave-one-out).
-        masks: `IMAGES:MASKS` to fit and to score, for segmentation.
-        seen, seen_masks: how images are shown, to all protocols and to segmentation.
-        precision: the numbers that the backbone computes in, in words.
-        keep_features: keep class tokens on the disk, for the next time.
-    """
-
-    weights: str
-    identity: Any
-    iteration: int | None
-    protocols: tuple[str, ...]
-    seen: Seen
-    seen_masks: Seen
-    precision: str
-    train: Images | None = None
-    val: Images | None = None
-    masks: tuple[str, str] | None = None
-    limit_train: int = 0
-    limit_val: int = 0
-    keep_features: bool = False
-    knn: KnnSettings = field(default_factory=KnnSettings)
-    linear: LinearSettings = field(default_factory=LinearSettings)
-    logreg: LogregSettings = field(default_factory=LogregSettings)
-    segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
 
 
 class ClassToken(nn.Module):
@@ -134,7 +76,7 @@ class Evaluation:
             self.say(f"done before, with the same settings: {', '.join(done)}")
         todo = [name for name in plan.protocols if name not in done]
         if any(name in LABELLED for name in todo):
-            self._load_features()
+            self._load_features(todo)
         for name in todo:
             start = time.monotonic()
             settings, result, predicted = getattr(self, f"_{name}")()
@@ -162,16 +104,19 @@ class Evaluation:
             )
 
     def _knn(self) -> tuple[dict, dict, Tensor]:
-        result, predicted = knn(
-            self.train_features,
-            self.val_features,
-            num_classes=self.num_classes,
-            device=self.device,
-            **asdict(self.plan.knn),
-        )
-        k = self.plan.knn.ks[0]
+        settings = replace(self.plan.knn, ks=self.ks)
+        with self._meter("k-NN", 1 + len(settings.shots) * settings.tries, "searches") as bar:
+            result, predicted = knn(
+                self.train_features,
+                self.val_features,
+                num_classes=self.num_classes,
+                device=self.device,
+                advance=bar.advance,
+                **asdict(settings),
+            )
+        k = settings.ks[0]
         result["headline"] = {"measure": f"top-1 (k={k})", "value": result["top1"][str(k)]}
-        return asdict(self.plan.knn), result, predicted
+        return asdict(settings), result, predicted
 
     def _linear(self) -> tuple[dict, dict, Tensor]:
         result, predicted, head = linear_probe(
@@ -218,7 +163,10 @@ class Evaluation:
 
     def _retrieval(self) -> tuple[dict, dict, None]:
         queries = None if self.val is None else self.val_features
-        result = retrieval(self.train_features, queries, device=self.device)
+        total = int((self.val_features.labels >= 0).sum())
+        mine = len(range(dist.get_global_rank(), total, dist.get_world_size()))
+        with self._meter("retrieval", mine, "queries") as bar:
+            result = retrieval(self.train_features, queries, device=self.device, advance=bar.advance)
         result["headline"] = {"measure": "mAP", "value": result["map"]}
         return {}, result, None
 
@@ -235,22 +183,55 @@ class Evaluation:
         result |= {"train": train.name, "val": val.name, "headline": {"measure": "mIoU", "value": result["miou"]}}
         return asdict(self.plan.segmentation), result, None
 
-    def _load_features(self) -> None:
+    def _load_features(self, todo: list[str]) -> None:
+        """Features, and whether all protocols that are to do can be done with them."""
         plan = self.plan
-        self.train_features = self._features("train", self.train)
-        self.val_features = self.train_features if self.val is None else self._features("val", self.val)
+        self.train_features, seconds = self._features("train", self.train)
+        self.val_features = self.train_features
+        if self.val is not None:
+            self.val_features, more = self._features("val", self.val)
+            seconds += more
+        number = len(self.train) + (0 if self.val is None else len(self.val))
+        self.results.content["features"] = {"seconds": round(seconds, 1), "images": number}
         labels = [part.labels for part in (self.train_features, self.val_features)]
         self.num_classes = max(len(plan.train.classes), *(int(part.max()) + 1 for part in labels))
         check_labels(*labels, self._names(), plan.train.path, drawn=plan.limit_train > 0)
-        if "knn" in plan.protocols and (known := int((self.train_features.labels >= 0).sum())) < max(plan.knn.ks):
-            raise DataError(f"--k {max(plan.knn.ks)} is more than the {known} images that can vote; give smaller ones")
+        if "knn" in todo:
+            self._fit_ks(int((labels[0] >= 0).sum()))
+        if "linear" in todo and plan.linear.select_on == "train":
+            check_held_out(
+                labels[0], plan.linear.fraction, plan.train.path, "linear", "choose a head with --select-on val"
+            )
+        if "logreg" in todo:
+            others = ",".join(name for name in plan.protocols if name != "logreg") or "knn"
+            check_held_out(
+                labels[0], plan.logreg.fraction, plan.train.path, "logreg", f"leave it out: --protocols {others}"
+            )
+        if "retrieval" in todo:
+            check_queries(labels[0], None if self.val is None else labels[1], plan.train.path)
 
-    def _features(self, split: str, images: Chosen) -> Features:
+    def _fit_ks(self, voters: int) -> None:
+        """The k for which enough images can vote."""
+        asked = self.plan.knn.ks
+        self.ks = fitting(asked, voters)
+        if self.ks != asked and self.plan.k_asked:
+            raise DataError(f"--k {max(asked)} is more than the {voters} images that can vote; give smaller ones")
+        if self.ks != asked:
+            absent = ", ".join(str(k) for k in asked if k not in self.ks)
+            self.say(
+                f"note: {voters} images of train can vote, so k is {', '.join(map(str, self.ks))}; left out: {absent}"
+            )
+
+    def _features(self, split: str, images: Chosen) -> tuple[Features, float]:
+        """Of all images, on every rank, and how many seconds it took to compute them, now or when they were kept."""
+        start = time.monotonic()
         path = self.folder / "features" / f"{split}.safetensors"
         mark = fingerprint(self.plan.identity, self._shown(self.plan.seen), images.path, len(images))
-        if self.plan.keep_features and (kept := _read_features(path, mark)):
-            self.say(f"features of {split}: {path}")
-            return kept
+        if self.plan.keep_features:
+            kept = read_features(path, mark)
+            if not any_rank(kept is None):  # else all compute them, for they do it together
+                self.say(f"features of {split}: {path}")
+                return kept
         total = len(range(dist.get_global_rank(), len(images), dist.get_world_size()))
         with self._meter(f"features of {split}", total) as bar:
             mine = extract_features(
@@ -263,11 +244,10 @@ class Evaluation:
                 **self.plan.seen.loading(),
             )
         features = gather_features(mine, len(images))
+        seconds = time.monotonic() - start
         if self.plan.keep_features and self.first:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(features._asdict(), path.with_suffix(".partial"), metadata={"made_with": mark})
-            path.with_suffix(".partial").replace(path)
-        return features
+            save_features(path, mark, features, seconds)
+        return features, seconds
 
     def _names(self) -> list[str]:
         """Of the classes, by label; two of the same name also have their ids."""
@@ -294,13 +274,3 @@ class Evaluation:
 
     def _shown(self, seen: Seen) -> list:
         return [seen.resize, seen.crop, self.plan.precision]
-
-
-def _read_features(path: Path, mark: str) -> Features | None:
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("made_with") == mark:
-                return Features(file.get_tensor("vectors"), file.get_tensor("labels"))
-    except (OSError, SafetensorError):  # none yet, or cut short
-        pass
-    return None

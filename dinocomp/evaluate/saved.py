@@ -1,4 +1,4 @@
-"""States of a linear probe on the disk, so that a killed one goes on, with any number of ranks."""
+"""What is kept on the disk: states of a linear probe, so that a killed one goes on; and features."""
 
 import shutil
 from pathlib import Path
@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dinocomp.distributed import on_rank_0
+from dinocomp.evaluate.features import Features
 from dinocomp.evaluate.heads import LinearHeads
 
 _PREFIX, _WRITING = "iteration-", ".writing"
@@ -85,3 +86,24 @@ class SavedHeads:
             if ours and len(abouts) == int(abouts[0]["ranks"]):
                 found.append(number)
         return sorted(found, reverse=True)
+
+
+def save_features(path: Path, made_with: str, features: Features, seconds: float) -> None:
+    """Writes features and how long they took, whole or not at all. On one rank."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"made_with": made_with, "seconds": str(seconds)}
+    save_file(features._asdict(), path.with_suffix(".partial"), metadata=about)
+    path.with_suffix(".partial").replace(path)
+
+
+def read_features(path: Path, made_with: str) -> tuple[Features, float] | None:
+    """What `save_features` wrote; None where that is not there, not whole, or made otherwise."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if about.get("made_with") == made_with:
+                features = Features(file.get_tensor("vectors"), file.get_tensor("labels"))
+                return features, float(about.get("seconds", 0))
+    except (OSError, SafetensorError):  # none yet, or cut short
+        pass
+    return None

@@ -60,7 +60,9 @@ def segmentation_probe(
     Raises:
         DataError: masks of `val` have classes that no mask of `train` has, or masks of `train` fewer than two.
     """
-    present = [counts[:IGNORED].nonzero().flatten().tolist() for counts in (classes_of(train), classes_of(val))]
+    with meter("segmentation probe, reading masks", len(train) + len(val)) as bar:
+        counts = [classes_of(pairs, bar.advance) for pairs in (train, val)]
+    present = [of_values[:IGNORED].nonzero().flatten().tolist() for of_values in counts]
     if len(present[0]) < 2:
         raise DataError(f"the masks of {train.name} have {len(present[0])} class(es); at least two are needed")
     if missing := sorted(set(present[1]) - set(present[0])):

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dinocomp.cli import main
+from dinocomp.commands import evaluate_plan
 from dinocomp.commands.evaluate import output_folder
+from dinocomp.errors import ConfigError
 from dinocomp.evaluate import run
 from dinocomp.interop import save_teacher
 from tests.evaluate.test_linear import backbone
@@ -76,22 +79,30 @@ def same(one: object, other: object, place: str = "") -> None:
         assert one == (pytest.approx(other, abs=1e-5) if isinstance(one, float) else other), place
 
 
-def test_all_protocols_on_one_process_and_on_two(
-    teacher: str, tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture
-) -> None:
-    """Sizes divide neither by the ranks nor by the batches, and of the last batch one rank has no image."""
-    masks = [write(tmp_path / name, number) for name, number in (("one", 7), ("two", 3))]
+def everything(teacher: str, folder: Path) -> list[str]:
+    """Sizes divide neither by two ranks nor by the batches, and of the last batch one of two ranks has no image."""
+    masks = [write(folder / name, number) for name, number in (("one", 7), ("two", 3))]
     words = [teacher, "--train=digits", "--val=digits", "--limit-train=131", "--limit-val=65"]
-    words += [f"--segmentation-train={masks[0]}", f"--segmentation-val={masks[1]}"]
+    return [*words, f"--segmentation-train={masks[0]}", f"--segmentation-val={masks[1]}"]
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(teacher: str, tmp_path: Path, free_port: int) -> None:
+    words = [*everything(teacher, tmp_path), "--keep-features"]
     ranks = start_command(["evaluate", *words, *QUICK, f"--output={tmp_path / 'two-ranks'}"], 2, free_port)
     assert evaluate(*words, f"--output={tmp_path / 'one-rank'}") == 0
-    shown = capsys.readouterr().out
     assert [finish(rank) for rank in ranks] == [0, 0]
-    one, two = results(tmp_path / "one-rank"), results(tmp_path / "two-ranks")
+    same(results(tmp_path / "one-rank"), results(tmp_path / "two-ranks"))
+
+
+def test_all_protocols(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert evaluate(*everything(teacher, tmp_path), f"--output={tmp_path / 'one-rank'}") == 0
+    shown = capsys.readouterr().out
+    one = results(tmp_path / "one-rank")
+    assert one["features"]["images"] == 131 + 65 and one["features"]["seconds"] > 0
     assert list(one["protocols"]) == ["knn", "linear", "logreg", "retrieval", "segmentation"]
     assert (one["iteration"], one["train_images"], one["val_images"]) == (7, 131, 65)
     assert one["protocols"]["retrieval"]["queries"] == 65
-    same(one, two)
     assert ["retrieval", "mAP (val searches train)", f"{one['protocols']['retrieval']['map']:.1%}"] in one["table"]
     for name in ("knn", "linear", "logreg"):
         labels, predicted = np.load(tmp_path / f"one-rank/predictions/{name}.npy")
@@ -173,7 +184,12 @@ def test_one_labelled_set(teacher: str, tmp_path: Path, capsys: pytest.CaptureFi
     [
         ([], "no labelled images to evaluate with: give --train PATH and --val PATH"),
         (["--train=digits", "--k=2000"], "--k 2000 is more than the 1438 images of train"),
-        (["--train=digits", "--crop=15"], "--crop 15 is not a whole number of patches of 4 pixels; 12 is"),
+        (["--train=digits", "--crop=15"], "--crop 15 is no whole number of patches of 4 pixels; type --crop 12 or 16"),
+        (
+            ["--train=digits", "--resize=8"],
+            "--resize 8 is smaller than the crop of 16 pixels; type --resize 16 or more",
+        ),
+        (["--train=nodir"], "nodir does not exist. Give a folder of"),
         (["--train=digits", "--linear-blocks=3"], "--linear-blocks 3: the backbone has 2 blocks"),
         (["--train=digits", "--protocols=segmentation"], "segmentation needs masks"),
         (["--segmentation-train=a:b"], "--segmentation-val is missing"),
@@ -204,7 +220,11 @@ def test_where_results_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for path in ("run/config.yaml", "run/train.log", "run/teacher.safetensors", "run/best_teacher.safetensors"):
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).touch()
-    for path in ("run/evaluation/iteration-7/teacher.safetensors", "run/checkpoints/iteration-9/x", "other/dino.pth"):
+    for path in (
+        "run/evaluation/iteration-7/teacher.safetensors",
+        "run/checkpoints/iteration-9/checkpoint.pt",
+        "other/dino.pth",
+    ):
         Path(path).parent.mkdir(parents=True)
         Path(path).touch()
     found = {
@@ -212,10 +232,96 @@ def test_where_results_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         for weights in (
             *("run", "run/teacher.safetensors", "run/best_teacher.safetensors", "run/checkpoints/iteration-9"),
             *("run/evaluation/iteration-7/teacher.safetensors", "other/dino.pth", "other", "timm:a/b=c"),
+            "run/checkpoints/iteration-9/checkpoint.pt",
         )
     }
     assert [path.replace(str(tmp_path) + "/", "") for path in found.values()] == [
         *("run/evaluate", "run/evaluate", "run/evaluate-best_teacher", "run/evaluate-iteration-9"),
         *("run/evaluate-iteration-7", "other/evaluate-dino", "evaluate-other", "evaluate-timm-a-b-c"),
+        "run/evaluate-iteration-9",
     ]
     assert output_folder(Namespace(weights="run", output="x")) == Path("x")
+
+
+def test_other_weights_at_the_same_place_are_told_apart(tmp_path: Path) -> None:
+    """Whichever way the place is named, and whatever its files are called."""
+    (tmp_path / "net.bin").write_bytes(b"1")
+    (tmp_path / "sharded").mkdir()
+    (tmp_path / "sharded/__0_0.distcp").write_bytes(b"1")
+    names = [f"timm:vit={tmp_path}/net.bin", f"hf:{tmp_path}/sharded", str(tmp_path / "sharded"), f"{tmp_path}/net.bin"]
+    before = [evaluate_plan._identity(name) for name in names]
+    assert before == [evaluate_plan._identity(name) for name in names]
+    assert len({json.dumps(identity) for identity in before}) == 4
+    (tmp_path / "net.bin").write_bytes(b"22")
+    (tmp_path / "sharded/__0_0.distcp").write_bytes(b"22")
+    assert all(evaluate_plan._identity(name) != old for name, old in zip(names, before, strict=True))
+    assert evaluate_plan._identity("timm:vit") == ["timm:vit"], "published"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "said"),
+    [
+        ("linear", "or choose a head with --select-on val"),
+        ("logreg", "or leave it out: --protocols knn"),
+        ("retrieval", "which has none to find; give more images of each class"),
+    ],
+)
+def test_one_image_of_each_class(
+    teacher: str, tmp_path: Path, protocol: str, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    words = [f"--cache-dir={tmp_path / 'cache'}", "--k=1", f"--output={tmp_path / 'out'}"]
+    words.append(f"--train={class_folders(tmp_path / 'train', 'abc', 1)}")
+    if protocol != "retrieval":
+        words.append(f"--val={class_folders(tmp_path / 'val', 'abc', 2)}")
+    assert evaluate(teacher, *words, f"--protocols={protocol}") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out/results.json").exists()
+    if protocol == "linear":
+        assert evaluate(teacher, *words, "--protocols=linear", "--select-on=val") == 0
+
+
+def test_labelled_images_are_not_opened_for_masks(teacher: str, tmp_path: Path) -> None:
+    masks = write(tmp_path / "masks", 3)
+    words = ["--protocols=segmentation", f"--segmentation-train={masks}", f"--segmentation-val={masks}"]
+    assert evaluate(teacher, "--train=nowhere", *words) == 0
+
+
+def test_k_that_is_too_large(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One that was asked for is refused; of those that were not it is said."""
+    words = [teacher, "--train=digits", "--val=digits", "--limit-train=15", "--limit-val=9", "--protocols=knn"]
+    words += ["--device=cpu", "--workers=0", f"--output={tmp_path / 'out'}"]
+    assert main(["evaluate", *words]) == 0
+    assert "note: 15 images of train can vote, so k is 10; left out: 20, 100, 200" in capsys.readouterr().out
+    found = results(tmp_path / "out")["protocols"]["knn"]
+    assert list(found["top1"]) == ["10"] and found["settings"]["ks"] == [10]
+    assert main(["evaluate", *words, "--k=10,20"]) == 2
+    assert "--k 20 is more than the 15 images" in capsys.readouterr().err
+
+
+def test_features_that_another_rank_cannot_read_are_computed(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [teacher, "--train=digits", "--val=digits", "--limit-train=20", "--limit-val=9", "--protocols=knn"]
+    words += ["--keep-features", f"--output={tmp_path / 'out'}"]
+    calls, original = [], run.extract_features
+    monkeypatch.setattr(run, "extract_features", lambda *a, **s: (calls.append(1), original(*a, **s))[1])
+    assert evaluate(*words) == 0 and len(calls) == 2
+    seconds = results(tmp_path / "out")["features"]
+    assert evaluate(*words, "--k=3") == 0 and len(calls) == 2
+    assert results(tmp_path / "out")["features"] == seconds, "what they took when they were computed"
+    monkeypatch.setattr(run, "any_rank", lambda flag: True)
+    assert evaluate(*words, "--k=4") == 0 and len(calls) == 4
+
+
+def test_out_of_memory_is_no_wrong_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(error: Exception) -> None:
+        def forward(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(evaluate_plan, "_forward", forward)
+        evaluate_plan._check_size(Namespace(view=(16, 16)), 16)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fails(torch.OutOfMemoryError("full"))
+    with pytest.raises(ConfigError, match="takes no images of 16 x 16"):
+        fails(RuntimeError("shapes"))
