@@ -57,8 +57,10 @@ def test_second_best_by_hand() -> None:
 def test_few_shot() -> None:
     """The mean over tries is that of k-NN on the images that were drawn."""
     train, val = clusters(200, 0.8, 1), clusters(80, 0.8, 2)
-    result, _ = knn(train, val, ks=[5, 100], temperature=0.07, num_classes=5, shots=[1, 4], tries=3)
-    by_hand = []
+    done: list[int] = []
+    result, _ = knn(train, val, ks=[5, 100], temperature=0.07, num_classes=5, shots=[1, 4], tries=3, advance=done.append)
+    assert done == [1] * 7, "for the progress bar: all images, and each draw"
+    by_hand: list[float] = []
     for seed in range(3):
         index = few_of_each(train.labels, 4, seed)
         assert torch.bincount(train.labels[index]).tolist() == [4] * 5
@@ -125,7 +127,9 @@ def test_average_precision_is_scikit_learns_with_ties() -> None:
 def test_retrieval_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinocomp.evaluate.retrieval._AT_ONCE", 1000)  # a few queries at a time
     train, val = clusters(300, 1.0, 1), clusters(40, 1.0, 2)
-    result = retrieval(left_out(train), left_out(val))
+    done: list[int] = []
+    result = retrieval(left_out(train), left_out(val), advance=done.append)
+    assert len(done) > 1 and sum(done) == 40, "for the progress bar"
     cosine = unit(val.vectors) @ unit(train.vectors).T
     relevant = (val.labels[:, None] == train.labels).numpy()
     expected = np.mean([average_precision_score(r, c) for r, c in zip(relevant, cosine, strict=True)])
