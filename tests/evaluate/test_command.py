@@ -187,7 +187,7 @@ def test_one_labelled_set(teacher: str, tmp_path: Path, capsys: pytest.CaptureFi
         (["--train=digits", "--crop=15"], "--crop 15 is no whole number of patches of 4 pixels; type --crop 12 or 16"),
         (
             ["--train=digits", "--resize=8"],
-            "--resize 8 is smaller than the crop of 16 pixels; type --resize 16 or more",
+            "the crop of 16 pixels; type --resize 16 or more",
         ),
         (["--train=nodir"], "nodir does not exist. Give a folder of"),
         (["--train=digits", "--linear-blocks=3"], "--linear-blocks 3: the backbone has 2 blocks"),

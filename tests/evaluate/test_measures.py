@@ -58,7 +58,8 @@ def test_few_shot() -> None:
     """The mean over tries is that of k-NN on the images that were drawn."""
     train, val = clusters(200, 0.8, 1), clusters(80, 0.8, 2)
     done: list[int] = []
-    result, _ = knn(train, val, ks=[5, 100], temperature=0.07, num_classes=5, shots=[1, 4], tries=3, advance=done.append)
+    few_shot = {"shots": [1, 4], "tries": 3, "advance": done.append}
+    result, _ = knn(train, val, ks=[5, 100], temperature=0.07, num_classes=5, **few_shot)
     assert done == [1] * 7, "for the progress bar: all images, and each draw"
     by_hand: list[float] = []
     for seed in range(3):
