@@ -135,7 +135,7 @@ def test_training_order() -> None:
 class Squares:
     """Squares in memory whose colour tells their class, in the shape of `dinocomp.data.Images`."""
 
-    path = "squares"
+    path, labelled, classes = "squares", True, ()
 
     def __init__(self, count: int) -> None:
         self.count = count
