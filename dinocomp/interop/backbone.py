@@ -62,7 +62,9 @@ def open_backbone(source: str | Path) -> Backbone:
             return opened(text.removeprefix(prefix))
     path = Path(source).expanduser()
     if not path.exists():
-        raise WeightsError(f"no weights at {path}: {missing(path)}")
+        raise WeightsError(
+            f"no weights at {path}: {missing(path)} Give a run's folder, a file of weights, timm:NAME or hf:NAME"
+        )
     if teacher := teacher_of(path):
         return load_teacher(teacher)
     if path.is_dir() and (path / "config.json").is_file():
