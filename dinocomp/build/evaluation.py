@@ -3,12 +3,13 @@
 from functools import partial
 
 from dinocomp.build.data import crop_settings, opening
-from dinocomp.build.pictures import AUTOCAST, build_pictures
+from dinocomp.build.pictures import build_pictures
 from dinocomp.build.start import Start
 from dinocomp.callbacks.evaluation import Measures
 from dinocomp.config import Config, derive
 from dinocomp.data import Images, evaluation_pair
 from dinocomp.evaluate import Chosen, draw, match_classes
+from dinocomp.evaluate.features import AUTOCAST
 from dinocomp.evaluate.online import LabelledPair, measure_knn, measure_label_free
 from dinocomp.method import DINOv2
 

@@ -1,13 +1,10 @@
 """Pictures of the teacher's features, from a configuration."""
 
-import torch
-
 from dinocomp.build.start import Start
 from dinocomp.callbacks.pictures import Pictures
 from dinocomp.config import Config, derive
 from dinocomp.data import Images
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from dinocomp.evaluate.features import AUTOCAST
 
 
 def build_pictures(config: Config, start: Start, images: Images) -> Pictures | None:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from dinocomp.data import Images, evaluation_view, split_batch
 from dinocomp.data.listing import NO_LABEL
+from dinocomp.evaluate.features import autocasting
 from dinocomp.method import DINOv2
 from dinocomp.method.losses import Centering
 from dinocomp.method.pixels import Colours
@@ -178,7 +178,7 @@ class Pictures:
         closely: tuple[Tensor, Tensor, Tensor] | None = None  # views, patch tokens, attention
         with (
             torch.compiler.set_stance("force_eager"),  # these shapes are not those that blocks are compiled for
-            nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast),
+            autocasting(device, self.autocast),
             watch_attention(net) as attention,
         ):
             for batch in batches:

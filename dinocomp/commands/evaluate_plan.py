@@ -13,6 +13,7 @@ from dinocomp.commands.view import check_patches, choose_view
 from dinocomp.config import Config, derive, load_config
 from dinocomp.data import Images, evaluation_pair, open_images
 from dinocomp.errors import ConfigError, DataError, WeightsError
+from dinocomp.evaluate.features import AUTOCAST
 from dinocomp.evaluate.linear import LinearSettings, Seen
 from dinocomp.evaluate.plan import LABELLED, PROTOCOLS, KnnSettings, LogregSettings, Plan
 from dinocomp.evaluate.segmentation import SegmentationSettings
@@ -55,7 +56,7 @@ def make_plan(arguments: argparse.Namespace, gpu: bool, say: Say) -> tuple[Backb
             normalize=Normalize(backbone.mean, backbone.std).to(device),
             batch_size=arguments.batch_size,
             num_workers=workers,
-            autocast={"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
+            autocast=AUTOCAST[precision],
         )
 
     flip = arguments.linear_flip

@@ -1,7 +1,6 @@
 """What the features are worth."""
 
-from dinocomp.evaluate.choose import Chosen, match_classes
-from dinocomp.evaluate.draw import draw
+from dinocomp.evaluate.choose import Chosen, draw, match_classes
 from dinocomp.evaluate.features import Features, extract_features, gather_features
 from dinocomp.evaluate.knn import knn_accuracy, nearest
 from dinocomp.evaluate.label_free import extract_views, label_free_measures

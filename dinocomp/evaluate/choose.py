@@ -1,4 +1,4 @@
-"""Which images: a part held out, a few of each class; and labels that mean the same in two sets."""
+"""Which images: a draw of them, a part held out, a few of each class; and labels that mean the same in two sets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +48,13 @@ class Chosen:
 
     def fault(self, i: int) -> tuple[str, str]:
         return self.images.fault(self.index[i])
+
+
+def draw(total: int, count: int) -> list[int]:
+    """`count` of `total` numbers, rising, drawn by a fixed seed; all of them where `count` is 0 or too many."""
+    if not 0 < count < total:
+        return list(range(total))
+    return sorted(np.random.default_rng(0).permutation(total)[:count].tolist())
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:

@@ -3,19 +3,21 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
 from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from dinocomp.data import BadImage, Images, PlainLoader, evaluation_view
+from dinocomp.data import Images, PlainLoader
 from dinocomp.data.listing import NO_LABEL
 from dinocomp.errors import DataError
+from dinocomp.evaluate.views import CentreViews
 
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names of `performance.precision`
 _NAMED = 3  # of the images left out
 
 log = logging.getLogger(__name__)
@@ -28,27 +30,9 @@ class Features(NamedTuple):
     labels: Tensor  # [n] int64
 
 
-class _Views(Dataset):
-    """The evaluation view and label of the images whose number is `rank` modulo `world_size`.
-
-    With `skip_bad`, one that cannot be decoded is black and has the label -1.
-    """
-
-    def __init__(self, images: Images, resize: int, crop: int, rank: int, world_size: int, skip_bad: bool) -> None:
-        self.images, self.resize, self.crop, self.skip_bad = images, resize, crop, skip_bad
-        self.index = range(rank, len(images), world_size)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        try:
-            sample, pixels = self.images.decode(self.index[i])  # pixels: uint8 [3, H, W]
-        except BadImage:
-            if not self.skip_bad:
-                raise
-            return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), NO_LABEL
-        return evaluation_view(pixels, self.resize, self.crop), sample.label
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Computes in that type of numbers; None: in that of the weights."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def equal_passes(
@@ -83,7 +67,7 @@ def class_tokens(
 ) -> Tensor:
     """Class tokens [b, D] (fp32, CPU) of uint8 images [b, 3, H, W]."""
     device = next(backbone.parameters()).device
-    with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
+    with autocasting(device, autocast):
         return backbone(normalize(pixels.to(device, non_blocking=True))).cls.float().cpu()
 
 
@@ -118,7 +102,8 @@ def extract_features(
     Raises:
         DataError: no image of any rank could be decoded, or one could not and is not to be left out.
     """
-    views = _Views(images, resize, crop, dist.get_global_rank(), dist.get_world_size(), skip_bad)
+    share = range(dist.get_global_rank(), len(images), dist.get_world_size())
+    views = Subset(CentreViews(images, resize, crop, skip_bad), share)
     nothing = torch.zeros(1, 3, crop, crop, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
     device = next(backbone.parameters()).device
     loader = equal_passes(views, len(images), nothing, device, batch_size, num_workers, timeout_seconds)
@@ -129,7 +114,7 @@ def extract_features(
         advance(len(label))
     features = Features(torch.cat(vectors), torch.cat(labels))
     features.vectors[features.labels == NO_LABEL] = 0.0
-    mine = [views.index[i] for i in (features.labels == NO_LABEL).nonzero().flatten().tolist()]
+    mine = [share[i] for i in (features.labels == NO_LABEL).nonzero().flatten().tolist()]
     left_out = sorted(number for part in dist.all_gather_object(mine) for number in part)
     if len(left_out) == len(images):
         raise DataError(f"none of the {len(images)} images of {images.path} can be decoded; convert them again")

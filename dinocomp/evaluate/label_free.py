@@ -5,21 +5,17 @@ when features collapse, and neighbours that change with the crop say that featur
 """
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
-from dinocomp.data import BadImage, CropSettings, Images, evaluation_view
-from dinocomp.data.crops import apply_crop, draw_crop
-from dinocomp.evaluate.draw import draw
+from dinocomp.data import CropSettings, Images
+from dinocomp.evaluate.choose import draw
 from dinocomp.evaluate.features import class_tokens, equal_passes
-
-_VIEW_SEED = 0x11DA2
+from dinocomp.evaluate.views import AugmentedViews
 
 
 def label_free_measures(views: Tensor) -> dict[str, float]:
@@ -95,37 +91,6 @@ def _effective_rank(values: Tensor) -> float:
     return torch.special.entr(values / total).sum().exp().item() if total > 0 else 0.0
 
 
-class _Views(Dataset):
-    """Of some images the plain view, then `views` augmented ones, as the first global crop: uint8 [1 + V, 3, G, G].
-
-    An image that cannot be decoded gives an empty tensor.
-    """
-
-    def __init__(
-        self, images: Images, index: Sequence[int], settings: CropSettings, views: int, resize: int, skip_bad: bool
-    ) -> None:
-        self.images, self.index, self.settings = images, index, settings
-        self.views, self.resize, self.skip_bad = views, resize, skip_bad
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, bool]:
-        number, size = self.index[i], self.settings.global_crops_size
-        views = torch.zeros(1 + self.views, 3, size, size, dtype=torch.uint8)
-        try:
-            _, pixels = self.images.decode(number)  # [3, H, W]
-        except BadImage:
-            if not self.skip_bad:
-                raise
-            return views, False
-        views[0] = evaluation_view(pixels, self.resize, size)
-        rng = np.random.default_rng((_VIEW_SEED, number))
-        for view in views[1:]:
-            view.copy_(apply_crop(pixels, size, draw_crop(*pixels.shape[-2:], self.settings, 0, rng), self.settings))
-        return views, True
-
-
 def extract_views(
     backbone: torch.nn.Module,
     images: Images,
@@ -156,7 +121,7 @@ def extract_views(
     """
     index = draw(len(images), count)
     rank, world_size = dist.get_global_rank(), dist.get_world_size()
-    mine = _Views(images, index[rank::world_size], settings, views, resize, skip_bad)
+    mine = Subset(AugmentedViews(images, settings, views, resize, skip_bad), index[rank::world_size])
     size = settings.global_crops_size
     nothing = torch.zeros(1, 1 + views, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.bool)
     device = next(backbone.parameters()).device

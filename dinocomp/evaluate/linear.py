@@ -15,7 +15,8 @@ from dinocomp.evaluate.choose import Chosen, hold_out
 from dinocomp.evaluate.heads import LEARNING_RATES, LinearHeads, grid
 from dinocomp.evaluate.neighbours import TOP, share_right
 from dinocomp.evaluate.saved import SavedHeads
-from dinocomp.evaluate.tokens import CentreViews, RandomViews, token_batches
+from dinocomp.evaluate.tokens import token_batches
+from dinocomp.evaluate.views import CentreViews, RandomViews
 from dinocomp.interop import Backbone
 
 OPTIMISTIC = "the validation set: optimistic"

@@ -16,8 +16,7 @@ from dinocomp.data.listing import ClassName
 from dinocomp.data.progress import Progress
 from dinocomp.distributed import any_rank, on_rank_0
 from dinocomp.errors import DataError
-from dinocomp.evaluate.choose import Chosen, check_held_out, check_labels, match_classes
-from dinocomp.evaluate.draw import draw
+from dinocomp.evaluate.choose import Chosen, check_held_out, check_labels, draw, match_classes
 from dinocomp.evaluate.features import Features, extract_features, gather_features
 from dinocomp.evaluate.linear import Seen, linear_probe
 from dinocomp.evaluate.logistic import c_grid, logistic_regression

@@ -15,9 +15,9 @@ from dinocomp.data.order import uniform_permutation
 from dinocomp.distributed import all_reduce
 from dinocomp.errors import DataError
 from dinocomp.evaluate.confusion import intersection_over_union
+from dinocomp.evaluate.features import autocasting
 from dinocomp.evaluate.linear import Meter, Seen
 from dinocomp.evaluate.mask_pairs import IGNORED, MaskPairs, MaskViews, classes_of
-from dinocomp.evaluate.tokens import autocasting
 from dinocomp.interop import Backbone
 
 _KEPT_BYTES = 1 << 31  # of patch tokens that are kept in memory and not computed again in each pass

@@ -1,62 +1,16 @@
 """Tokens of a frozen backbone, batch by batch: each rank computes its share, every rank gets all of them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
 from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dinocomp.data import BadImage, PlainLoader, evaluation_view
-from dinocomp.data.crops import CropParameters, cut, draw_box
-from dinocomp.data.listing import NO_LABEL
-from dinocomp.evaluate.choose import Chosen
+from dinocomp.data import PlainLoader
+from dinocomp.evaluate.features import autocasting
 from dinocomp.evaluate.share import gather_rows
 from dinocomp.interop import Backbone
-
-_CROPS = 304  # stream of random numbers
-_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
-
-
-class CentreViews(Dataset):
-    """Image i as evaluations see it: (uint8 [3, crop, crop], label); black, with label -1, if it cannot be decoded."""
-
-    def __init__(self, images: Chosen, resize: int, crop: int) -> None:
-        self.images, self.resize, self.crop = images, resize, crop
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        try:
-            sample, pixels = self.images.decode(i)  # pixels: uint8 [3, H, W]
-        except BadImage:
-            return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), NO_LABEL
-        return evaluation_view(pixels, self.resize, self.crop), sample.label
-
-
-class RandomViews(Dataset):
-    """A random crop of image i, mirrored or not, in pass p over the images; a function of (seed, p, i).
-
-    Args:
-        crop: side of the view in pixels.
-        scale: smallest share of the image's area; the largest is all of it.
-        flip: probability of mirroring.
-    """
-
-    def __init__(self, images: Chosen, crop: int, scale: float, flip: float, seed: int) -> None:
-        self.images, self.crop, self.scale, self.flip, self.seed = images, crop, scale, flip, seed
-
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
-        passes, i = place
-        view = torch.zeros(3, self.crop, self.crop, dtype=torch.uint8)
-        try:
-            sample, pixels = self.images.decode(i)  # pixels: uint8 [3, H, W]
-        except BadImage:
-            return view, NO_LABEL
-        rng = np.random.Generator(np.random.Philox((self.seed, _CROPS, passes, i)))
-        box = draw_box(*pixels.shape[-2:], (self.scale, 1.0), _RATIO, rng)
-        cut(pixels, CropParameters(box, bool(rng.random() < self.flip), (), False, None, False), view)
-        return view, sample.label
 
 
 @torch.no_grad()
@@ -108,11 +62,6 @@ def token_batches(
         labels = gather_rows(labels[:number].to(device), len(batch))
         yield tokens, labels
         advance(len(batch))
-
-
-def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Computes in that type of numbers; None: in that of the weights."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 class _Shares:

@@ -17,7 +17,8 @@ from dinocomp.evaluate.choose import Chosen, hold_out
 from dinocomp.evaluate.heads import LEARNING_RATES, Head, LinearHeads, grid
 from dinocomp.evaluate.linear import LinearSettings, Seen, TrainingBatches, length, linear_probe
 from dinocomp.evaluate.saved import SavedHeads
-from dinocomp.evaluate.tokens import CentreViews, RandomViews, token_batches
+from dinocomp.evaluate.tokens import token_batches
+from dinocomp.evaluate.views import CentreViews, RandomViews
 from dinocomp.method.pixels import Normalize
 from dinocomp.models import VisionTransformer
 
