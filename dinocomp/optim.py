@@ -14,7 +14,7 @@ class Multipliers(NamedTuple):
     lr: float
     weight_decay: float
     is_last_layer: bool
-    is_backbone: bool
+    is_backbone: bool  # where backbones have a schedule of their own
 
 
 def multipliers(
@@ -39,12 +39,16 @@ def multipliers(
 
 
 def parameter_groups(
-    networks: Iterable[nn.Module], *, layerwise_decay: float, patch_embed_lr_mult: float
+    networks: Iterable[nn.Module], *, layerwise_decay: float, patch_embed_lr_mult: float, backbone_apart: bool = False
 ) -> Mapping[Multipliers, list[nn.Parameter]]:
     """The trainable parameters of `networks`, gathered by their multipliers.
 
     A network with `blocks` is a backbone, any other a head. The multipliers are kept beside the optimizer rather than
     in its ``param_groups``, because loading a checkpoint overwrites what is in there.
+
+    Args:
+        layerwise_decay, patch_embed_lr_mult: see `multipliers`.
+        backbone_apart: no group has weights of a backbone and of a head.
 
     Returns:
         multipliers -> parameters, in the order of the optimizer's groups.
@@ -57,6 +61,7 @@ def parameter_groups(
                 key = multipliers(
                     name, num_blocks, layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult
                 )
+                key = key._replace(is_backbone=key.is_backbone and backbone_apart)
                 groups.setdefault(key, []).append(parameter)
     return groups
 

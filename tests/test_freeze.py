@@ -52,7 +52,17 @@ def test_the_backbone_stays_while_heads_learn(tmp_path: Path) -> None:
         assert {int(averages["step"]) for name, averages in state.items() if "backbone" in name} == {min(steps)}
     lines = metrics(tmp_path / "run")
     norms = [line["grad_norm/backbone"] for line in lines]
+    assert [line["backbone_lr"] for line in lines[:5]] == [0] * 5 and lines[-1]["backbone_lr"] == lines[-1]["lr"]
     assert norms[:4] == [0] * 4 and min(norms[4:]) > 0 and min(line["grad_norm/dino_head"] for line in lines) > 0
+
+
+def test_a_run_goes_on_with_other_groups(tmp_path: Path) -> None:
+    """Frozen or not decides which weights the optimizer holds together; a checkpoint of the other kind goes on."""
+    nothing = yaml_of_nothing(tmp_path)
+    for name, first, then in (("a", 0, 1), ("b", 1, 0)):
+        assert main([nothing, *words(tmp_path / name, optim__epochs=1, optim__freeze_backbone_epochs=first)]) == 0
+        assert main([nothing, *words(tmp_path / name, optim__epochs=2, optim__freeze_backbone_epochs=then)]) == 0
+        assert len(metrics(tmp_path / name)) == 8 and metrics(tmp_path / name)[-1]["loss/total"] > 0
 
 
 def test_learning_rates() -> None:
@@ -66,13 +76,22 @@ def test_learning_rates() -> None:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), pytest.param("fsdp2", marks=pytest.mark.slow)]
+    ("strategy", "kept"),
+    [
+        ("ddp", False),
+        *(
+            pytest.param(strategy, kept, marks=pytest.mark.slow)
+            for strategy in ("fsdp", "fsdp2")
+            for kept in (False, True)
+        ),
+    ],
 )
-def test_on_two_processes(strategy: str, tmp_path: Path, free_port: int) -> None:
+def test_on_two_processes(strategy: str, kept: bool, tmp_path: Path, free_port: int) -> None:
     """In two micro-batches each, frozen for 4 of 8 iterations, as one process with the whole batch."""
     nothing, changes = yaml_of_nothing(tmp_path), FROZEN | {"optim__epochs": 2}
     assert main([nothing, *words(tmp_path / "one", **changes)]) == 0
     changes |= {"train__batch_size_per_gpu": 4, "train__microbatch_size": 2, "parallelism__strategy": strategy}
+    changes |= {"parallelism__reshard_after_forward": str(not kept).lower()}
     started = processes.start_ranks([nothing, *words(tmp_path / "two", **changes)], 2, free_port, shard_on_cpu)
     assert [processes.finish(rank) for rank in started] == [0, 0]
     ours, theirs = metrics(tmp_path / "two"), metrics(tmp_path / "one")

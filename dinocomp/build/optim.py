@@ -34,6 +34,7 @@ def build_optimizer(config: Config, model: DINOv2) -> tuple[torch.optim.AdamW, l
         model.networks("student").values(),
         layerwise_decay=config.optim.layerwise_decay,
         patch_embed_lr_mult=config.optim.patch_embed_lr_mult,
+        backbone_apart=config.optim.freeze_backbone_epochs > 0,
     )
     # Learning rate and weight decay are set before every step, from the schedules.
     optimizer = torch.optim.AdamW(
@@ -51,6 +52,8 @@ def choose_kernel(optimizer: torch.optim.AdamW, *, fused: bool) -> None:
     Its steps are counted on the device where weights are updated by one kernel, else on the CPU.
     """
     for group in optimizer.param_groups:
+        for name, value in optimizer.defaults.items():
+            group.setdefault(name, value)  # one that the run before had not: its weights were part of another
         group["fused"] = fused or None
         for weight in group["params"]:
             if "step" in (state := optimizer.state.get(weight, {})):

@@ -83,6 +83,11 @@ def check_start(config: Config) -> Start:
     check_attention(config, gpu)
     check_compiler(config, gpu, strategy)
     check_loggers(config)
+    if config.optim.freeze_backbone_epochs and precision == "fp16" and strategy == "ddp":
+        raise ConfigError(
+            "optim.freeze_backbone_epochs with fp16 on several processes: each would keep a gradient scale of its own "
+            "while the backbone is frozen. Type recipes=[bf16] or recipes=[fp32], or parallelism.strategy=fsdp2"
+        )
     _check_output(output, config.train.dataset_path)
     count = check_images(
         config.train.dataset_path,

@@ -154,6 +154,7 @@ class Metrics(Callback):
             **numbers,
             "lr": used.lr,
             "last_layer_lr": used.last_layer_lr,
+            **({"backbone_lr": used.backbone_lr} if self.schedules.freeze_backbone else {}),
             "weight_decay": used.weight_decay,
             "momentum": used.momentum,
             "teacher_temp": used.teacher_temp,

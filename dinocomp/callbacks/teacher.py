@@ -24,5 +24,8 @@ class UpdateTeacher(Callback):
         else:
             self.model.update_teacher()
         if int(state.timestamp.batch) % _TIDY == 0:
-            for shell in [*self.model.shells("teacher").values(), *self.model.shells("target").values()]:
+            without_backward = [*self.model.shells("teacher").values(), *self.model.shells("target").values()]
+            if self.model.frozen_backbone:
+                without_backward.append(self.model.student_backbone)
+            for shell in without_backward:
                 shell.forget_forwards()

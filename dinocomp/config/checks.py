@@ -62,6 +62,11 @@ def _losses(config: Config) -> Iterator[Problem]:
     weights = ("dino.loss_weight", "ibot.loss_weight", "dino.koleo_loss_weight")
     if config.dino.loss_weight == config.ibot.loss_weight == config.dino.koleo_loss_weight == 0:
         yield Problem(weights, "nothing is left to train on; give at least one of them a weight above 0")
+    elif config.optim.freeze_backbone_epochs and not (config.dino.loss_weight or config.ibot.loss_weight):
+        yield Problem(
+            ("optim.freeze_backbone_epochs", "dino.loss_weight", "ibot.loss_weight"),
+            "KoLeo alone trains no head, and a frozen backbone leaves it nothing; type optim.freeze_backbone_epochs=0",
+        )
 
 
 def _masks(config: Config) -> Iterator[Problem]:

@@ -107,14 +107,14 @@ def _described(path: Path) -> Backbone | None:
 
 def _from_folder(path: Path) -> Backbone:
     """DINOv2 becomes our own network, without the other library; everything else is left to transformers."""
-    config = json.loads((path / "config.json").read_text())
+    config = _read_json(path / "config.json")
     if "interpolate_offset" in config:  # of `dinocomp export --to hub`
         net = VisionTransformer(**config)
         load_strictly(net, read_tensors(path / "backbone.pth"), str(path))
-        return _ready(net, json.loads((path / "preprocessing.json").read_text()))
+        return _ready(net, _read_json(path / "preprocessing.json"))
     if str(config.get("architecture")).endswith("dinov2"):  # timm's
         net = _rebuild(published(read_tensors(path)), str(path), config.get("model_args", {}).get("num_heads"))
-        return _ready(net, _of_timm(config["pretrained_cfg"]))
+        return _ready(net, _of_timm(config.get("pretrained_cfg", {})))
     kind = config.get("model_type")
     if kind not in ("dinov2", "dinov2_with_registers"):
         return open_hugging_face(str(path))
@@ -122,7 +122,17 @@ def _from_folder(path: Path) -> Backbone:
     if kind == "dinov2_with_registers":  # it may have none of them, and filters then, too
         net.interpolate_offset, net.interpolate_antialias = 0.0, True
     preparation = path / "preprocessor_config.json"
-    return _ready(net, _of_hugging_face(json.loads(preparation.read_text())) if preparation.is_file() else {})
+    return _ready(net, _of_hugging_face(_read_json(preparation)) if preparation.is_file() else {})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); copy the folder again, or export it again") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path} holds no settings; copy the folder again, or export it again")
+    return found
 
 
 def _of_hugging_face(about: dict[str, Any]) -> dict[str, Any]:

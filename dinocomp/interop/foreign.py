@@ -77,6 +77,11 @@ class HuggingFaceBackbone(nn.Module):
         grid = tuple(side // self.patch_size for side in images.shape[-2:])
         found = []
         for state in chosen:
+            if state.ndim != 3 or state.shape[1] < grid[0] * grid[1]:
+                raise WeightsError(
+                    f"{type(self.net).__name__} gives {list(state.shape[1:])} numbers for {grid[0]} x {grid[1]} "
+                    "patches; a network is needed that has a token for each patch"
+                )
             patches = state[:, state.shape[1] - grid[0] * grid[1] :]  # [B, N, D]
             cls = state[:, 0] if patches.shape[1] < state.shape[1] else patches.mean(dim=1)  # [B, D]
             found.append((patches.transpose(1, 2).unflatten(2, grid) if reshape else patches, cls))
@@ -119,7 +124,7 @@ def open_hugging_face(name: str) -> HuggingFaceBackbone:
     except ImportError as error:
         raise WeightsError(f"hf:{name} needs transformers ({error}); type pip install transformers") from error
     try:
-        net = AutoModel.from_pretrained(name)
+        net = AutoModel.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).is_dir())
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(f"transformers cannot load {name}: {error}") from error
     net = getattr(net, "vision_model", net)  # CLIP's, SigLIP's
@@ -136,4 +141,4 @@ def _preprocessing(name: str) -> dict[str, Any]:
         return {}  # ImageNet's mean and deviation, and the size in the network's configuration
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(name).to_dict()
+    return AutoImageProcessor.from_pretrained(name, trust_remote_code=False).to_dict()

@@ -1,11 +1,12 @@
 """Weights to start from: a teacher file, a checkpoint of a run, or a published backbone."""
 
+import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -99,7 +100,11 @@ def check_file(path: str | Path) -> Path:
     if has_state(path) or _weights_of_folder(path):
         return path
     if not path.is_file():
-        raise WeightsError(f"no file of weights at {path}")
+        endings = (".safetensors", ".pth", ".pt", ".bin")
+        inside = sorted(file.name for file in path.glob("*") if file.suffix in endings)
+        raise WeightsError(
+            f"no file of weights at {path}" + (f"; give the file in it, such as {path / inside[0]}" if inside else "")
+        )
     return path
 
 
@@ -136,6 +141,27 @@ def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
     net.load_state_dict(tensors)
 
 
+def known_heads(path: str | Path) -> int | None:
+    """How many attention heads the network has whose weights are in a file or folder; None where it does not say.
+
+    Shapes do not tell: weights of another number fit, and compute another function.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == ".safetensors" and path.is_file():
+        with safe_open(path, "pt") as file:
+            about = (file.metadata() or {}).get("architecture", "{}")
+    elif (path / "config.json").is_file():
+        about = (path / "config.json").read_text()
+    else:
+        return None
+    try:
+        found = json.loads(about)
+        found = {**found.get("model_args", {}), **found}  # timm's
+        return found.get("num_heads") or found.get("num_attention_heads")
+    except (ValueError, AttributeError, TypeError):  # nothing that this reads
+        return None
+
+
 def load_backbone(net: VisionTransformer, path: str | Path) -> None:
     """Weights of a backbone into `net`, whoever wrote them (see `published`); of a run they are its teacher's.
 
@@ -145,6 +171,12 @@ def load_backbone(net: VisionTransformer, path: str | Path) -> None:
     Raises:
         WeightsError: as `read_tensors` and `load_strictly`.
     """
+    heads, ours = known_heads(path), net.blocks[0].attn.num_heads
+    if heads not in (None, ours):
+        raise WeightsError(
+            f"the weights in {path} are of a network with {heads} attention heads, the configured one has {ours}, and "
+            f"would compute something else with them. Type student.num_heads={heads} (with student.arch=custom)"
+        )
     adapted = adapt(published(read_tensors(path)), net)
     load_strictly(net, adapted.tensors, str(path))
     taken = len(adapted.tensors) - len(adapted.fresh)

@@ -240,6 +240,8 @@ class DINOv2(ComposerModel):
             patches.append(None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_backbone):
             rows: list[Rows] = self.student_backbone(student_crops, student_masks, kept, patches)
+        if self.frozen_backbone:
+            self.student_backbone.free_weights()
 
         cls_rows = torch.cat([r.cls for r in rows]) if self.weights.dino else None  # [(2 + L) * B, D]
         cls_logits, patch_logits = self._project("student", cls_rows, rows[0].patches if asked else None)

@@ -29,6 +29,12 @@ class Shell(nn.Module):
         """Which modules Composer makes units of sharding: the network, and each transformer block of it."""
         return self.unit if module is self.net or isinstance(module, Block) else False
 
+    def free_weights(self) -> None:
+        """Frees the gathered weights of sharded units that keep them for backward, where there will be none."""
+        for module in self.net.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
     def forget_forwards(self) -> None:
         """Drops what sharded units note of each forward, to fetch weights ahead in backward: a teacher has none, and
         only backward would end those lists."""

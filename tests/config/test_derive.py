@@ -117,6 +117,7 @@ def test_evaluation_crop() -> None:
         (["crops.blur_kernel_size=8"], "crops.blur_kernel_size=9"),
         (["evaluation.knn_k=[]"], "evaluation.knn_k=[20]"),
         (["dino.loss_weight=0", "ibot.loss_weight=0", "dino.koleo_loss_weight=0"], "nothing is left"),
+        (["dino.loss_weight=0", "ibot.loss_weight=0", "optim.freeze_backbone_epochs=1"], "freeze_backbone_epochs=0"),
         (["train.device=cpu", "performance.precision=fp16"], "performance.precision=fp32"),
         (["train.device=cpu", "performance.attention=xformers"], "performance.attention=sdpa"),
         (["curriculum.global_crops_size=240", "curriculum.fraction=0.5"], "type curriculum.global_crops_size=224"),

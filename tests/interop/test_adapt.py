@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from dinocomp.errors import WeightsError
-from dinocomp.interop import load_backbone
+from dinocomp.interop import load_backbone, save_teacher
 from dinocomp.interop.adapt import adapt, resample_patch_embed, resample_pos_embed
 from dinocomp.models import VisionTransformer
 
@@ -96,3 +97,21 @@ def test_training_starts_from_a_hugging_face_folder(tmp_path: Path, registers: i
         )
     with pytest.raises(WeightsError, match="register_tokens"):
         load_backbone(tiny(init_values=1.0, num_register_tokens=4 - registers), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "hugging face"])
+def test_another_number_of_heads_is_refused(tmp_path: Path, kind: str) -> None:
+    """It fits the shapes and would compute something else."""
+    net = tiny(num_heads=2)
+    if kind == "teacher":
+        path = tmp_path / "teacher.safetensors"
+        about = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "view": (36, 32), "iteration": 1, "config": ""}
+        architecture = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+        save_teacher(path, {"backbone": net.state_dict()}, architecture=architecture, **about)
+    else:
+        path = tmp_path
+        (path / "config.json").write_text('{"num_attention_heads": 2}')
+        save_file(net.state_dict(), path / "model.safetensors")
+    with pytest.raises(WeightsError, match="with 2 attention heads, the configured one has 3"):
+        load_backbone(tiny(), path)
+    load_backbone(tiny(num_heads=2), path)

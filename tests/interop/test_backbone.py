@@ -145,3 +145,20 @@ def test_what_is_no_backbone_is_said(tmp_path: Path) -> None:
         open_backbone("timm:vit_smoll")
     with pytest.raises(WeightsError, match="transformers cannot load"):
         open_backbone(f"hf:{tmp_path}")
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "dino')
+    with pytest.raises(WeightsError, match=r"config.json cannot be read .* export it again"):
+        open_backbone(tmp_path)
+
+
+def test_a_network_without_a_token_for_each_patch_is_refused(tmp_path: Path) -> None:
+    """ViTMAE masks most of them at random."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=48, image_size=32, patch_size=8
+    )
+    transformers.ViTMAEModel(config).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="a token for each patch"):
+        open_backbone(tmp_path).get_intermediate_layers(images(32))

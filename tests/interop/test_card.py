@@ -38,7 +38,7 @@ def test_a_run_fills_it(tmp_path: Path) -> None:
     assert head["license"] is None and head["library_name"] == "transformers"
     assert "license: # FILL IN before publishing" in card and "Licence: not stated" in card
     assert "# photos/teacher.safetensors\n" in card
-    assert "| training images | /data/photos (12,345 images) |" in card
+    assert "| training images | data/photos (12,345 images) |" in card
     assert "| training steps | 250 of 1,000, of 32 images each |" in card
     accuracy = "70.0 % (k = 10), 40.0 % (k = 20); 1,438 images searched, 359 scored; measured after 200 steps"
     assert f"| k-NN accuracy of its class tokens | {accuracy} |" in card

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,9 +28,11 @@ from tests.interop.exported import (
     code_of,
     exported,
     images,
+    make_teacher,
     photo,
     run_code,
 )
+from tests.report.folders import write_run
 
 LAYOUTS = json.loads((Path(__file__).parents[1] / "golden/data/pretrained_layouts.json").read_text())
 NETWORKS = {
@@ -155,8 +158,24 @@ def test_official_entry_points_are_named(name: str) -> None:
         net = VisionTransformer(**infer_architecture(published(weights), name))
     net.mean, net.std, net.view, net.cpu = ABOUT["mean"], ABOUT["std"], (518, 518), lambda: net
     letter = name.removeprefix("vit_")[0]
-    call = official_call(subject_of(net, name, None))
-    assert f'"dinov2_vit{letter}14{"_reg" if "reg4" in name else ""}"' in call
+    registers = "reg4" in name
+    for resampling in ((net.interpolate_offset, net.interpolate_antialias), (0.05, False)):
+        net.interpolate_offset, net.interpolate_antialias = resampling
+        made = {}
+
+        def load(
+            repository: str, entry: str, *, pretrained: bool, made: dict = made, **given: object
+        ) -> SimpleNamespace:
+            fixed = {"interpolate_antialias": True, "interpolate_offset": 0.0} if entry.endswith("_reg") else {}
+            assert not pretrained and not fixed.keys() & given.keys(), "the official function would be given them twice"
+            made |= {"entry": entry}
+            return SimpleNamespace(load_state_dict=lambda weights: None, **fixed | given)
+
+        torch_ = SimpleNamespace(hub=SimpleNamespace(load=load), load=lambda path, weights_only: {})
+        found: dict = {"torch": torch_}
+        exec(official_call(subject_of(net, name, None)), found)
+        assert made["entry"] == f"dinov2_vit{letter}14{'_reg' if registers else ''}"
+        assert (found["model"].interpolate_offset, found["model"].interpolate_antialias) == resampling
 
 
 @pytest.mark.parametrize(("network", "size"), [("swiglu registers", None), ("plain", 84), ("no FFN", 42)])
@@ -263,6 +282,22 @@ def test_the_portable_recipe(recipes: str, tmp_path: Path) -> None:
         said[target] = exported(target, tmp_path / recipes / target, **{name: arguments[name] for name in names})[2]
     assert all("the same at every image size" in text for text in said.values())
     assert {name: arguments[name] for name in names[:2]} == PORTABLE  # which the libraries agree with, see above
+
+
+def test_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths, a link to the run, and an empty folder that one is in; where the run lay stays private."""
+    run = write_run(tmp_path / "output" / "photos")
+    make_teacher(run / "teacher.safetensors", config="train:\n  output_dir: /home/me\n  seed: 7\n")
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    for source, target in (("output/photos", "out"), ("link", "linked")):
+        export(source, "safetensors", target)
+        card = (tmp_path / target / "README.md").read_text()
+        assert "photos/teacher.safetensors" in card and "seed: 7" in card and "/home/me" not in card
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    export("../output/photos", "safetensors", ".")
+    assert (tmp_path / "empty" / "backbone.safetensors").is_file()
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Weights out: files that load with nothing but the target library."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 import dinocomp
 from dinocomp.errors import WeightsError
@@ -43,7 +46,7 @@ def export(source: str, target: str, folder: str | Path, size: int | None = None
     Raises:
         WeightsError: there is no such backbone, the target cannot say what it is, or the folder cannot be written.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.abspath(Path(folder).expanduser()))
     if size and target not in OF_ONE_SIZE:
         raise WeightsError(f"--to {target} takes images of any size; leave out --size, which is for onnx and torch")
     if folder.is_dir() and any(folder.iterdir()):
@@ -62,7 +65,7 @@ def export(source: str, target: str, folder: str | Path, size: int | None = None
         if folder.is_dir():
             folder.rmdir()
         partial.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise WeightsError(f"{folder} cannot be written: {error}; make room, or give another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

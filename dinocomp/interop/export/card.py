@@ -1,5 +1,7 @@
 """README.md of an export: a model card, filled from what is known of the run."""
 
+import yaml
+
 from dinocomp.interop.export.differences import Difference, in_words
 from dinocomp.interop.export.facts import Facts, architecture_in_words
 from dinocomp.interop.export.parts import Subject, Written
@@ -63,7 +65,7 @@ def write_card(subject: Subject, written: Written, facts: Facts, found: list[Dif
         std=_numbers(subject.std),
         rows="\n".join(f"| {name} | {value} |" for name, value in _rows(subject, facts)),
         differs="\n".join(f"- {note}" for note in [*differs, *written.notes]),
-        config=f"<details><summary>Configuration of the run</summary>\n\n```yaml\n{facts.config.strip()}\n```\n\n"
+        config=f"<details><summary>Configuration of the run</summary>\n\n```yaml\n{_public(facts.config)}\n```\n\n"
         "</details>\n"
         if facts.config.strip()
         else "",
@@ -76,7 +78,7 @@ def _rows(subject: Subject, facts: Facts) -> list[tuple[str, str]]:
         steps = f"{facts.iteration:,}" + (f" of {facts.steps:,}" if facts.steps else "")
         if facts.images_per_step:
             steps += f", of {facts.images_per_step:,} images each"
-    data = facts.data or _UNKNOWN
+    data = "/".join(facts.data.rstrip("/").split("/")[-2:]) or _UNKNOWN  # not where it lies
     if facts.images is not None:
         data += f" ({facts.images:,} images)"
     knn = "not measured while training"
@@ -93,6 +95,21 @@ def _rows(subject: Subject, facts: Facts) -> list[tuple[str, str]]:
         ("training steps", steps),
         ("k-NN accuracy of its class tokens", knn),
     ]
+
+
+def _public(config: str) -> str:
+    """A configuration without where it was run and logged, which is nobody's business."""
+    settings = yaml.safe_load(config) or {}
+    for name in ("loggers", "data", "checkpoint", "MODEL"):
+        settings.pop(name, None)
+    train = settings.get("train", {})
+    for name in ("output_dir", "dataset_path"):
+        train.pop(name, None)
+    for section, name in (("evaluation", "train_dataset_path"), ("evaluation", "val_dataset_path")):
+        settings.get(section, {}).pop(name, None)
+    for section, name in (("student", "pretrained_weights"), ("teacher", "distil_from")):
+        settings.get(section, {}).pop(name, None)
+    return yaml.safe_dump(settings, sort_keys=False).strip()
 
 
 def _numbers(values) -> str:

@@ -51,7 +51,7 @@ def facts_of(source: str) -> Facts:
     iteration = int(about["iteration"])
     record = _run_around(teacher)
     settings = _settings(about["config"])
-    name = f"{record.name}/{teacher.relative_to(record.folder)}" if record else teacher.name
+    name = f"{record.name}/{teacher.resolve().relative_to(record.folder)}" if record else teacher.name
     train = settings.get("train", {})
     data, evaluation = (record.part("data"), record.part("evaluation")) if record else ({}, {})
     world_size = record.facts.get("world_size") if record else None

@@ -54,11 +54,17 @@ def official_call(subject: Subject) -> str | None:
     plain = biases and about["init_values"] and int(about["embed_dim"] * about["mlp_ratio"]) == 4 * about["embed_dim"]
     if name is None or not plain or about["num_register_tokens"] not in (0, 4):
         return None
-    changes = {key: about[key] for key in ("img_size", "patch_size", "interpolate_offset", "interpolate_antialias")}
+    resampling = {key: about[key] for key in ("interpolate_offset", "interpolate_antialias")}
+    entry, changes, later = f"dinov2_{name}", {key: about[key] for key in ("img_size", "patch_size")}, ""
+    if about["num_register_tokens"]:  # its entry fixes how positions are resampled
+        entry += "_reg"
+        if resampling != {"interpolate_offset": 0.0, "interpolate_antialias": True}:
+            later = "".join(f"model.{key} = {value!r}\n" for key, value in resampling.items())
+    else:
+        changes |= resampling
     arguments = ", ".join(f"{key}={value!r}" for key, value in changes.items())
-    entry = f"dinov2_{name}{'_reg' if about['num_register_tokens'] else ''}"
     return (
-        f'model = torch.hub.load("facebookresearch/dinov2", "{entry}", pretrained=False, {arguments})\n'
+        f'model = torch.hub.load("facebookresearch/dinov2", "{entry}", pretrained=False, {arguments})\n{later}'
         'model.load_state_dict(torch.load("backbone.pth", weights_only=True))\n'
     )
 
