@@ -63,6 +63,7 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
 def test_two_processes_are_one(tmp_path: Path, free_port: int, changes: dict) -> None:
     """Two ranks of 4 images train as one of 8: the same crops and masks, and the same terms but for rounding."""
     same = {"train__centering": "sinkhorn_knopp", "student__drop_path_rate": 0, "dino__koleo_loss_weight": 0, **changes}
+    same |= {"student__layerscale": "null"}  # its start of 1e-5 leaves features so alike that neighbours are rounding
     same |= {"evaluation__label_free": "always", "evaluation__label_free_images": 21, "evaluation__label_free_views": 2}
     for number in (1, 2):
         # The learning rate follows the global batch, which is the same.
