@@ -7,6 +7,8 @@ from signal import SIGTERM
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from dinocomp.build import build_model, count_parameters, plan_memory
 from dinocomp.cli import main as command
 from dinocomp.config import Config, load_config
 from dinocomp.config.advice import warnings
+from dinocomp.config.distil import frozen_teacher, read_frozen_teacher
 from dinocomp.data import Batch, split_batch
+from dinocomp.errors import WeightsError
 from dinocomp.interop import load_teacher, read_about
 from dinocomp.interop.head import fingerprint, load_dino_head
 from dinocomp.method import DINOv2
@@ -283,6 +287,18 @@ def test_heads_follow_the_file_or_are_refused(
     other = {"student__patch_size": 8, "ibot__loss_weight": 0, "crops__local_crops_size": 8}
     model, batch = model_and_batch(configured(teachers["shared"], **other))
     assert torch.isfinite(model.loss(model(batch), batch)["total"]), "without iBOT patches need not be alike"
+
+
+def test_who_never_saw_patches_cannot_teach_them(tmp_path: Path, teachers: dict[str, Path]) -> None:
+    with safe_open(next(iter(teachers.values())), "pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    settings = yaml.safe_load(about["config"])
+    settings["ibot"]["loss_weight"] = 0.0
+    save_file(tensors, tmp_path / "t.safetensors", metadata=about | {"config": yaml.safe_dump(settings)})
+    assert read_frozen_teacher(str(next(iter(teachers.values())))).knows_patches
+    config = load_config(None, [f"teacher.distil_from={tmp_path / 't.safetensors'}", "recipes=[distil]"]).config
+    with pytest.raises(WeightsError, match=r"never saw a patch; type ibot\.loss_weight=0"):
+        frozen_teacher(config)
 
 
 def test_the_plan_knows_the_frozen_teacher(teachers: dict[str, Path], capsys: pytest.CaptureFixture) -> None:

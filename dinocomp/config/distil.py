@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from dinocomp.config.derive import first_phase, head_sizes, prototypes
@@ -30,6 +31,7 @@ class FrozenTeacher:
         prototypes: K of each of its heads ("dino_head", "ibot_head").
         parameters: by network ("backbone", "dino_head", "ibot_head").
         mean, std: of the pixels that it expects.
+        knows_patches: whether it was trained with iBOT, so that a head of it can teach patches.
     """
 
     path: Path
@@ -38,6 +40,7 @@ class FrozenTeacher:
     parameters: Mapping[str, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    knows_patches: bool
 
 
 def read_frozen_teacher(name: str) -> FrozenTeacher:
@@ -78,7 +81,8 @@ def read_frozen_teacher(name: str) -> FrozenTeacher:
     for tensor, shape in shapes.items():
         parameters[tensor.partition(".")[0]] += math.prod(shape)
     mean, std = (tuple(json.loads(about[key])) for key in ("mean", "std"))
-    return FrozenTeacher(path, json.loads(about["architecture"]), found, parameters, mean, std)
+    knows_patches = (yaml.safe_load(about.get("config", "")) or {}).get("ibot", {}).get("loss_weight", 1) > 0
+    return FrozenTeacher(path, json.loads(about["architecture"]), found, parameters, mean, std, knows_patches)
 
 
 def frozen_teacher(config: Config) -> FrozenTeacher | None:
@@ -145,6 +149,8 @@ def _misfits(config: Config, teacher: FrozenTeacher) -> Iterator[str]:
                 f"type {section}.head_n_prototypes={theirs[loss]}"
                 + (" ibot.separate_head=true" if loss == "ibot" and section == "dino" and "dino" in theirs else "")
             )
+    if config.ibot.loss_weight and not teacher.knows_patches:
+        yield "it was trained with ibot.loss_weight=0, and its head never saw a patch; type ibot.loss_weight=0"
     if (channels := teacher.architecture.get("in_chans", 3)) != 3:
         yield f"it sees {channels} channels, and images have 3"
     patch, ours = teacher.architecture["patch_size"], config.student.patch_size
