@@ -4,7 +4,7 @@ import logging
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,12 +50,15 @@ def open_output(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def keep_config(folder: Path, config: Config, *, made_of: str, changed_at: int | None) -> None:
+def keep_config(
+    folder: Path, config: Config, *, made_of: str, changed_at: int | None, chosen: Sequence[str] = ()
+) -> None:
     """Writes the run's configuration; an earlier one, with which it went until now, stays under another name.
 
     Args:
         made_of: the command, for the top of the file.
         changed_at: the iteration from which on the configuration is another, if it is.
+        chosen: a line for each value that was given as `auto`.
     """
     path = folder / CONFIG
     header = f"Made by: {made_of}\nThis file alone reproduces the run."
@@ -66,6 +69,7 @@ def keep_config(folder: Path, config: Config, *, made_of: str, changed_at: int |
             shutil.copyfile(path, copy)
             copy.replace(until)
         header += f"\nUp to iteration {changed_at} it was another: {until.name}"
+    header += "".join(f"\nauto: {line}" for line in chosen)
     partial = path.with_suffix(".partial")
     partial.write_text(to_yaml(config, header=header))
     partial.replace(path)

@@ -55,11 +55,12 @@ def train(arguments: Sequence[str]) -> int:
     """
     from dinocomp.config import load_config, split_arguments
 
-    loaded = load_config(*split_arguments(arguments))  # before the slow imports, so that a slip shows at once
+    yaml, words = split_arguments(arguments)
+    loaded = load_config(yaml, words)  # before the slow imports, so that a slip shows at once
 
     from composer.utils import dist
 
-    from dinocomp.build import build_run, check_start, join_processes, on_gpu
+    from dinocomp.build import build_run, check_start, join_processes, known_facts, on_gpu
     from dinocomp.checkpoints.folder import list_checkpoints
     from dinocomp.errors import ConfigError
     from dinocomp.output import keep_config, open_output
@@ -68,6 +69,8 @@ def train(arguments: Sequence[str]) -> int:
     if not gpu:
         _share_cores()
     join_processes(gpu)
+    if loaded.chosen:
+        loaded = load_config(yaml, words, known_facts(loaded.config))
     start = check_start(loaded.config)
     first = dist.get_global_rank() == 0
     if not first:
@@ -83,6 +86,7 @@ def train(arguments: Sequence[str]) -> int:
                 start.output,
                 loaded.config,
                 made_of=made_of,
+                chosen=[str(choice) for choice in loaded.chosen],
                 changed_at=start.iteration if start.changed else None,
             )
         try:
@@ -99,6 +103,8 @@ def _say_start(loaded: "LoadedConfig", start: "Start") -> None:
     config = loaded.config
     for notice in loaded.notices:
         log.info("note: %s", notice)
+    for choice in loaded.chosen:
+        log.info("auto: %s", choice)
     for line in start.passed_over:
         log.warning("%s", line)
     if config.teacher.distil_from:

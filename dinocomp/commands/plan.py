@@ -13,6 +13,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, and recipes=[a,b]")
     parser.add_argument("--world-size", type=positive, default=1, metavar="N", help="training processes (default 1)")
     parser.add_argument(
+        "--images", type=positive, metavar="N", help="plan for so many images (default: those of train.dataset_path)"
+    )
+    parser.add_argument(
         "--gpu-memory",
         type=gigabytes,
         metavar="GB",
@@ -25,26 +28,30 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from dinocomp.config import load_config, split_arguments
+    from dinocomp.config.auto import Facts
     from dinocomp.config.plan import describe
 
-    loaded = load_config(*split_arguments([arguments.yaml, *arguments.overrides]))
+    yaml, words = split_arguments([arguments.yaml, *arguments.overrides])
+    loaded = load_config(yaml, words)
 
     from dinocomp.build import count_parameters, plan_memory  # slow imports come after the settings are found right
     from dinocomp.config.distil import frozen_teacher
-    from dinocomp.data import count_images
+    from dinocomp.data import Survey, survey_images
 
-    config = loaded.config
-    dataset_size, note = None, ""
+    found, note = Survey(arguments.images, None), ""
     try:
-        dataset_size = count_images(config.train.dataset_path, config.data.cache_dir)
+        if arguments.images is None:
+            found = survey_images(loaded.config.train.dataset_path, fetch=False, cache_dir=loaded.config.data.cache_dir)
     except DinocompError as error:  # a plan is useful before the images are there
         note = str(error)
+    loaded = load_config(yaml, words, Facts(found.images, found.side, arguments.world_size))
+    config = loaded.config
     limit = None if arguments.gpu_memory is None else arguments.gpu_memory * 1e9
     print(
         describe(
             loaded,
             arguments.world_size,
-            dataset_size,
+            found.images,
             count_parameters(config),
             full=arguments.full,
             dataset_note=note,

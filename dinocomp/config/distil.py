@@ -5,7 +5,7 @@ Of the file only the header is read, so that a plan takes no time and nothing he
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,11 +106,11 @@ def prototypes_of(config: Config, teacher: FrozenTeacher) -> dict[str, int]:
     return {loss: teacher.prototypes[head] for loss, head in heads.items() if head}
 
 
-def follow(config: Config, given: Mapping[str, str]) -> tuple[Config, list[str]]:
-    """The student's heads as the frozen teacher's file has them, where the configuration leaves them at their default.
+def follow(config: Config, given: Collection[str]) -> tuple[Config, list[str]]:
+    """The student's heads as the frozen teacher's file has them, where the configuration leaves them open.
 
     Args:
-        given: keys that were set.
+        given: keys that were set, to more than `auto`.
 
     Returns:
         the configuration, and the keys that have been taken from the file.

@@ -3,9 +3,11 @@
 import math
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,7 @@ class Key:
     `minimum` and `maximum` are allowed values themselves, `above` and `below` are not; on a list they bound each item.
     An `int | str` is a whole number within the bounds or a word among `choices`.
     A key with `no_longer` is accepted for the sake of existing files but changes nothing; the text says why.
+    One with `auto` also takes the word `auto`, for which a rule of `config/auto.py` chooses a value.
     """
 
     name: str
@@ -27,6 +30,7 @@ class Key:
     above: float | None = None
     below: float | None = None
     no_longer: str = ""
+    auto: bool = False
 
 
 def key(
@@ -39,6 +43,7 @@ def key(
     above: float | None = None,
     below: float | None = None,
     no_longer: str = "",
+    auto: bool = False,
 ) -> Any:
     """Declare a key of a configuration dataclass; see `Key` for the arguments."""
     metadata = {
@@ -49,6 +54,7 @@ def key(
         "above": above,
         "below": below,
         "no_longer": no_longer,
+        "auto": auto,
     }
     return field(default=default, metadata=metadata)
 
@@ -66,6 +72,18 @@ def walk(config: Any, prefix: str = "") -> Iterator[Key]:
             yield from walk(value, f"{prefix}{item.name}.")
         else:
             yield Key(f"{prefix}{item.name}", item.type, value, **item.metadata)
+
+
+def with_values(config: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """A copy of a configuration dataclass, with other values by dotted name."""
+    changes = {}
+    for item in fields(config):
+        name, value = f"{prefix}{item.name}", getattr(config, item.name)
+        if is_dataclass(value):
+            changes[item.name] = with_values(value, values, f"{name}.")
+        elif name in values:
+            changes[item.name] = values[name]
+    return replace(config, **changes)
 
 
 def walk_sections(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -137,6 +155,15 @@ def convert(value: Any, annotation: Any) -> Any:
     return value
 
 
+def show(value: object) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, tuple):
+        return "[" + ",".join(show(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:.6g}" if isinstance(value, float) else str(value) if value != "" else "''"
+
+
 def range_text(spec: Key) -> str:
     """The values a key takes in words: `one of a, b`, `at least 0, below 1`, or nothing where any will do."""
     if spec.choices and spec.annotation is str:
@@ -144,7 +171,7 @@ def range_text(spec: Key) -> str:
     words = {"at least": spec.minimum, "above": spec.above, "at most": spec.maximum, "below": spec.below}
     shown = {word: f"{bound:g}" if isinstance(bound, float) else str(bound) for word, bound in words.items()}
     bounds = [f"{word} {shown[word]}" for word, bound in words.items() if bound is not None]
-    return ", ".join(bounds + [f"or {choice}" for choice in spec.choices])
+    return ", ".join(bounds + [f"or {word}" for word in (*spec.choices, *([AUTO] if spec.auto else []))])
 
 
 def out_of_range(spec: Key, value: Any) -> bool:

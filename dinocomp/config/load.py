@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinocomp.config import checks, distil
+from dinocomp.config.auto import Choice, Facts, choose
 from dinocomp.config.files import find
-from dinocomp.config.keys import Key, convert, out_of_range, range_text, walk
+from dinocomp.config.keys import AUTO, Key, convert, out_of_range, range_text, walk, with_values
 from dinocomp.config.overrides import Words, parse
 from dinocomp.config.remedies import choice_hint, suggest_key, type_hint, unresolved
 from dinocomp.config.schema import Config
@@ -33,12 +34,14 @@ class LoadedConfig:
         notices: one line for each key that was set but no longer does anything, and for other things worth saying.
         origin: dotted key -> where it was set; keys left at their default are absent.
         recipes: names of the recipes applied, in order.
+        chosen: what stands for each value that was given as `auto`, and why.
     """
 
     config: Config
     notices: list[str]
     origin: dict[str, str]
     recipes: list[str]
+    chosen: tuple[Choice, ...] = ()
 
 
 @functools.cache
@@ -47,12 +50,13 @@ def all_keys() -> Mapping[str, Key]:
     return {spec.name: spec for spec in walk(Config())}
 
 
-def load_config(yaml: str | None, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_config(yaml: str | None, overrides: Sequence[str] = (), facts: Facts | None = None) -> LoadedConfig:
     """Read a run.
 
     Args:
         yaml: a path, or the name of a shipped YAML (`vits16`); None for defaults only.
         overrides: `key=value` words; `recipes=[a,b]` adds recipes after those that the YAML lists.
+        facts: what values given as `auto` are chosen by; those that are not known yet are assumed.
 
     Raises:
         ConfigError: everything that is wrong with the run, together.
@@ -68,10 +72,12 @@ def load_config(yaml: str | None, overrides: Sequence[str] = ()) -> LoadedConfig
         merge.add_recipe(name)
     merge.problems += words.problems
     merge.add_words(words)
-    config = merge.build()
-    config, taken = distil.follow(config, merge.origin)
+    config, chosen = merge.build(facts or Facts())
+    free = {choice.key for choice in chosen}
+    config, taken = distil.follow(config, [name for name in merge.origin if name not in free])
     merge.origin |= dict.fromkeys(taken, "the file of teacher.distil_from")
-    return LoadedConfig(config, _notices(config, merge.origin), merge.origin, recipes)
+    chosen = tuple(choice for choice in chosen if choice.key not in taken)
+    return LoadedConfig(config, _notices(config, merge.origin), merge.origin, recipes, chosen)
 
 
 def read_yaml(path: Path, label: str) -> dict[str, Any]:
@@ -195,8 +201,9 @@ class _Merge:
         else:
             self.problems.append(f"{name} = {value!r} ({label}): no such key.{suggest_key(name, all_keys())}")
 
-    def build(self) -> Config:
-        """Resolve interpolations, check types, ranges and combinations; raise everything wrong at once."""
+    def build(self, facts: Facts) -> tuple[Config, tuple[Choice, ...]]:
+        """Resolve interpolations and `auto`, check types, ranges and combinations; raise everything wrong at once."""
+        auto: list[str] = []
         tree = OmegaConf.create(_nest(self.values))
         values: dict[str, Any] = {}
         for name, spec in all_keys().items():
@@ -206,6 +213,9 @@ class _Merge:
             except OmegaConfBaseException as error:
                 self.problems.append(f"{name} = {self.values[name]!r} ({where}): {unresolved(str(error))}")
                 continue
+            if raw == AUTO and spec.auto:
+                auto.append(name)
+                continue
             try:
                 values[name] = convert(raw, spec.annotation)
             except TypeError as error:
@@ -214,7 +224,8 @@ class _Merge:
             if out_of_range(spec, values[name]):
                 self.problems.append(f"{name} = {raw!r} ({where}): expected {range_text(spec)}{choice_hint(raw, spec)}")
         if not self.problems:
-            config = _assemble(Config(), values)
+            config, chosen = choose(with_values(Config(), values), auto, facts)
+            values |= {choice.key: choice.value for choice in chosen}
             for problem in checks.problems(config):
                 settings = ", ".join(
                     f"{name} = {_plain(values[name])!r} ({self.origin.get(name, 'default')})" for name in problem.keys
@@ -222,7 +233,7 @@ class _Merge:
                 self.problems.append(f"{settings}: {problem.message}")
         if self.problems:
             raise ConfigError(_report(self.problems))
-        return config
+        return config, chosen
 
 
 def _report(problems: Sequence[str]) -> str:
@@ -248,15 +259,6 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return tree
-
-
-def _assemble(defaults: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """A copy of a configuration dataclass with values by dotted name."""
-    changes = {}
-    for item in fields(defaults):
-        name, value = f"{prefix}{item.name}", getattr(defaults, item.name)
-        changes[item.name] = _assemble(value, values, f"{name}.") if is_dataclass(value) else values[name]
-    return replace(defaults, **changes)
 
 
 def _notices(config: Config, origin: Mapping[str, str]) -> list[str]:

@@ -17,7 +17,7 @@ from dinocomp.config.derive import (
     total_iterations,
 )
 from dinocomp.config.distil import FrozenTeacher
-from dinocomp.config.keys import walk
+from dinocomp.config.keys import show, walk
 from dinocomp.config.load import LoadedConfig, all_keys
 from dinocomp.config.memory import MemoryPlan
 from dinocomp.config.schema import Config
@@ -55,6 +55,8 @@ def describe(
             ),
         ),
     ]
+    if loaded.chosen:
+        blocks.append(("Chosen where it says auto", _table([(c.key, show(c.value), c.reason) for c in loaded.chosen])))
     if loaded.notices:
         blocks.append(("Notices", loaded.notices))
     advice = warnings(loaded.config, world_size, dataset_size)
@@ -68,15 +70,6 @@ def describe(
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def show(value: object) -> str:
-    """A value as it is typed on the command line."""
-    if isinstance(value, tuple):
-        return "[" + ",".join(show(item) for item in value) + "]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:.6g}" if isinstance(value, float) else str(value) if value != "" else "''"
 
 
 def _settings(loaded: LoadedConfig, full: bool) -> list[str]:

@@ -102,7 +102,7 @@ class ComputePrecision:
 @dataclass(frozen=True)
 class Dino:
     loss_weight: float = key(1.0, "weight of the DINO loss (0 = off)", minimum=0)
-    head_n_prototypes: int = key(65536, "prototypes (outputs) of the DINO head", minimum=2)
+    head_n_prototypes: int = key(65536, "prototypes (outputs) of the DINO head", minimum=2, auto=True)
     head_bottleneck_dim: int = key(256, "width of the head's normalised bottleneck", minimum=1)
     head_nlayers: int = key(3, "linear layers up to the bottleneck", minimum=1)
     head_hidden_dim: int = key(2048, "width of the head's hidden layers", minimum=1)
@@ -126,7 +126,7 @@ class Ibot:
         False, "compare all patches of the global crops (false = the masked ones; true is for distillation)"
     )
     separate_head: bool = key(False, "give patches a head of their own (false = they share the DINO head)")
-    head_n_prototypes: int = key(65536, "prototypes of the separate iBOT head", minimum=2)
+    head_n_prototypes: int = key(65536, "prototypes of the separate iBOT head", minimum=2, auto=True)
     head_bottleneck_dim: int = key(256, "width of the separate head's bottleneck", minimum=1)
     head_nlayers: int = key(3, "linear layers of the separate head up to the bottleneck", minimum=1)
     head_hidden_dim: int = key(2048, "width of the separate head's hidden layers", minimum=1)
@@ -169,6 +169,7 @@ class Student:
     patch_size: int = key(16, "side of a patch (pixels)", minimum=1)
     drop_path_rate: float = key(0.3, "fraction of the batch that skips a residual branch", minimum=0, below=1)
     layerscale: float | None = key(1e-5, "initial LayerScale factor (0 or null = no LayerScale)", minimum=0)
+    pos_embed_std: float = key(0.02, "standard deviation that position embeddings start with", above=0)
     drop_path_uniform: bool = key(True, "same drop path rate in every block (false = rising from 0 with depth)")
     pretrained_weights: str = key("", "weights for the student's backbone before training (path; '' = none)")
     ffn_layer: str = key("mlp", "feed-forward layer", choices=("mlp", "swiglu", "swiglufused", "identity"))
@@ -194,12 +195,12 @@ class Student:
 
 @dataclass(frozen=True)
 class Teacher:
-    momentum_teacher: float = key(0.992, "teacher momentum at the start", minimum=0, maximum=1)
+    momentum_teacher: float = key(0.992, "teacher momentum at the start", minimum=0, maximum=1, auto=True)
     final_momentum_teacher: float = key(1.0, "teacher momentum at the end (cosine between)", minimum=0, maximum=1)
     warmup_teacher_temp: float = key(0.04, "teacher temperature at the start", above=0)
-    teacher_temp: float = key(0.07, "teacher temperature after its warm-up", above=0)
+    teacher_temp: float = key(0.07, "teacher temperature after its warm-up", above=0, auto=True)
     warmup_teacher_temp_epochs: int = key(
-        30, "length of the teacher temperature's linear warm-up (official epochs)", minimum=0
+        30, "length of the teacher temperature's linear warm-up (official epochs)", minimum=0, auto=True
     )
     distil_from: str = key(
         "",
@@ -213,9 +214,9 @@ class Optim:
     epochs: int = key(100, "length of the run (official epochs)", minimum=1)
     weight_decay: float = key(0.04, "weight decay at the start", minimum=0)
     weight_decay_end: float = key(0.4, "weight decay at the end (cosine between)", minimum=0)
-    base_lr: float = key(0.004, "peak learning rate at 1024 images an iteration", minimum=0)
+    base_lr: float = key(0.004, "peak learning rate at 1024 images an iteration", minimum=0, auto=True)
     lr: float = key(0.0, "peak learning rate as it stands, without scaling (0 = from base_lr)", minimum=0)
-    warmup_epochs: int = key(10, "length of the learning rate's linear warm-up (official epochs)", minimum=0)
+    warmup_epochs: int = key(10, "length of the learning rate's linear warm-up (official epochs)", minimum=0, auto=True)
     min_lr: float = key(1e-6, "learning rate at the end (never scaled)", minimum=0)
     clip_grad: float = key(
         3.0, "largest gradient norm, for backbone and each head separately (0 = no clipping)", minimum=0
@@ -242,14 +243,14 @@ class Optim:
 @dataclass(frozen=True)
 class Crops:
     global_crops_scale: tuple[float, float] = key(
-        (0.32, 1.0), "area of a global crop (fractions of the image)", above=0, maximum=1
+        (0.32, 1.0), "area of a global crop (fractions of the image)", above=0, maximum=1, auto=True
     )
-    local_crops_number: int = key(8, "local crops of each image (0 = none)", minimum=0)
+    local_crops_number: int = key(8, "local crops of each image (0 = none)", minimum=0, auto=True)
     local_crops_scale: tuple[float, float] = key(
-        (0.05, 0.32), "area of a local crop (fractions of the image)", above=0, maximum=1
+        (0.05, 0.32), "area of a local crop (fractions of the image)", above=0, maximum=1, auto=True
     )
-    global_crops_size: int = key(224, "side of a global crop (pixels)", minimum=1)
-    local_crops_size: int = key(96, "side of a local crop (pixels)", minimum=1)
+    global_crops_size: int = key(224, "side of a global crop (pixels)", minimum=1, auto=True)
+    local_crops_size: int = key(96, "side of a local crop (pixels)", minimum=1, auto=True)
     aspect_ratio: tuple[float, float] = key((0.75, 4 / 3), "least and largest width:height ratio of a crop", above=0)
     horizontal_flip_probability: float = key(0.5, "probability of a left-right flip", minimum=0, maximum=1)
     color_jitter_probability: float = key(0.8, "probability of colour jitter", minimum=0, maximum=1)

@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 from dinocomp.config.files import first_comment, shipped
-from dinocomp.config.keys import Key, range_text, type_name, walk_sections
+from dinocomp.config.keys import Key, range_text, show, type_name, walk_sections
 from dinocomp.config.load import all_keys
-from dinocomp.config.plan import show
 from dinocomp.config.schema import Config
 
 

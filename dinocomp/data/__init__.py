@@ -9,7 +9,15 @@ from dinocomp.data.masks import MaskSettings, batch_masks, block_mask, max_maske
 from dinocomp.data.order import TrainingOrder
 from dinocomp.data.reader import BadImage, Images, Sample
 from dinocomp.data.report import Report
-from dinocomp.data.shards import check_images, count_images, ensure_shards, evaluation_pair, open_images
+from dinocomp.data.shards import (
+    Survey,
+    check_images,
+    count_images,
+    ensure_shards,
+    evaluation_pair,
+    open_images,
+    survey_images,
+)
 from dinocomp.data.sources import find_sources
 from dinocomp.data.workers import PlainLoader
 
@@ -26,6 +34,7 @@ __all__ = [
     "Report",
     "Sample",
     "Source",
+    "Survey",
     "TrainingOrder",
     "batch_masks",
     "block_mask",
@@ -41,5 +50,6 @@ __all__ = [
     "open_images",
     "rgb_of",
     "split_batch",
+    "survey_images",
     "training_loader",
 ]

@@ -76,6 +76,15 @@ def _reduce(image: Image.Image, reduction: Reduction) -> None:
         image.draft(None, (width // by, height // by))
 
 
+def side_of(data: bytes) -> int | None:
+    """The shorter side of an image file in pixels, of which only the beginning is read; None where it cannot be."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return min(image.size)
+    except (*_DAMAGE, UnidentifiedImageError, Image.DecompressionBombError):
+        return None
+
+
 def rgb_of(picture: Image.Image) -> torch.Tensor:
     """The pixels of a Pillow image as `decode_rgb` gives those of a file, uint8 [3, H, W].
 

@@ -1,13 +1,18 @@
 """What `train.dataset_path` may say, and opening it: shards are found, or written on first use."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from dinocomp.data.address import Address, cache_folder, mark, parse
 from dinocomp.data.convert import convert, listing_digest, read_manifest
+from dinocomp.data.images import side_of
 from dinocomp.data.index import INDEX, cached_index, check_files, read_index
-from dinocomp.data.listing import Source
+from dinocomp.data.listing import DIGITS, Source
+from dinocomp.data.part import read_item
 from dinocomp.data.reader import Images, Keeping, open_local, open_remote
 from dinocomp.errors import DataError
 from dinocomp.hints import obstacle
@@ -74,6 +79,54 @@ def count_images(dataset_path: str, cache_dir: str = "", split: str = "train") -
         DataError: as `open_images`.
     """
     return _look(dataset_path, split, cache_dir)[0]
+
+
+class Survey(NamedTuple):
+    """What is known of images before they are converted.
+
+    Attributes:
+        images: how many; None for a remote that was not opened before.
+        side: the median of the shorter sides (pixels) of some; None where none was seen.
+    """
+
+    images: int | None
+    side: int | None
+
+
+def survey_images(
+    dataset_path: str, *, split: str = "train", fetch: bool = True, look: int = 64, **opening: Any
+) -> Survey:
+    """How many images there are, and how large they usually are, without converting anything.
+
+    Args:
+        fetch: whether the first shard of a remote may be fetched for it. All ranks must then call this together.
+        look: images whose sides are looked at: from all over, of a remote those of its first shard.
+        opening: for `open_images`.
+
+    Raises:
+        DataError: as `open_images`.
+    """
+    cache_dir = opening.get("cache_dir", "")
+    address = parse(dataset_path, split, cache_dir)
+    if address.remote and not fetch:
+        return Survey(count_images(dataset_path, cache_dir, split), None)
+    if address.remote or address.shards is not None or _look(dataset_path, split, cache_dir)[2] is None:
+        images = open_images(dataset_path, split=split, **opening)
+        among = int(images.shard_sizes[0]) if images.remote else len(images)
+        return Survey(len(images), _usual_side(lambda number: images[number].image, among, look))
+    items = _pick(address.find(), address).items
+    if any(item.offset >= 0 and item.path != DIGITS for item in items):  # in tars, which may be compressed
+        return Survey(len(items), None)
+    return Survey(len(items), _usual_side(lambda number: read_item(items[number]), len(items), look))
+
+
+def _usual_side(read: Callable[[int], bytes], among: int, look: int) -> int | None:
+    sides = []
+    for number in np.unique(np.linspace(0, among - 1, min(look, among)).round().astype(int)).tolist():
+        with suppress(DataError):
+            sides.append(side_of(read(number)))
+    sides = [side for side in sides if side is not None]
+    return round(float(np.median(sides))) if sides else None
 
 
 def check_images(dataset_path: str, train_path: str = "", val_path: str = "", cache_dir: str = "") -> int | None:

@@ -4,8 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from dinocomp.config.keys import show
 from dinocomp.config.load import all_keys
-from dinocomp.config.plan import show
 from dinocomp.report.markup import HOW_TO_ZOOM, Safe, document, image_of, join, plots, section, table, tag
 from dinocomp.report.panels import Chart, charts_together
 from dinocomp.report.pictures import inline

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dinocomp.config.keys import show
 from dinocomp.config.load import all_keys
-from dinocomp.config.plan import show
 from dinocomp.report.head import head
 from dinocomp.report.markup import (
     HOW_TO_ZOOM,

