@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dinocomp.config.auto import prototypes_for
 from dinocomp.config.derive import (
     checkpoint_interval,
     head_sizes,
@@ -15,6 +16,7 @@ from dinocomp.config.derive import (
 )
 from dinocomp.config.schema import Config
 
+FEW_IMAGES = 100_000
 _SECTIONS = {"dino_head": "dino", "ibot_head": "ibot"}
 
 
@@ -37,14 +39,6 @@ def warnings(config: Config, world_size: int, dataset_size: int | None) -> list[
     if dataset_size is not None:
         found += _dataset(config, world_size, dataset_size)
     return found
-
-
-def suggested_prototypes(dataset_size: int) -> int:
-    """A number of prototypes in proportion to the data: the power of two nearest below 1/16 of it, 512 to 65536.
-
-    A rule of thumb: 1.28 million images keep DINOv2's 65536, 20 thousand get 1024.
-    """
-    return min(max(1 << max((dataset_size // 16).bit_length() - 1, 0), 512), 65536)
 
 
 def _batch(config: Config, world_size: int) -> Iterator[Advice]:
@@ -200,23 +194,23 @@ def _schedules(config: Config, world_size: int) -> Iterator[Advice]:
 
 def _dataset(config: Config, world_size: int, dataset_size: int) -> Iterator[Advice]:
     images = images_per_iteration(config, world_size)
-    heads, fitting = head_sizes(config), suggested_prototypes(dataset_size)
+    heads, fitting = head_sizes(config), prototypes_for(dataset_size)
     if dataset_size < images:
         yield Advice(
             f"{dataset_size:,} images are fewer than one iteration takes ({images:,}): "
             "a batch holds an image several times",
             f"type train.batch_size_per_gpu={max(dataset_size // (2 * world_size), 1)} or less",
         )
-    if dataset_size < 10_000:
-        scaled = all(head.prototypes <= fitting for head in heads.values())
-        sizes = " ".join(f"{_SECTIONS[name]}.head_n_prototypes={fitting}" for name in heads)
+    from_weights = config.MODEL.WEIGHTS or config.student.pretrained_weights
+    if dataset_size < FEW_IMAGES and not from_weights and _starts_as_the_reference(config):
         yield Advice(
-            f"{dataset_size:,} images are few: defaults were chosen for a million and more",
-            ("" if scaled else f"add the recipe small_data and type {sizes} (it has 2,048), and ")
-            + "trust the k-NN accuracy on held-out images, not the loss",
+            f"{dataset_size:,} images are few: the reference's recipe is for a million and more, and on few its "
+            "features often end up worse than raw pixels",
+            "add recipes=[small_data], see docs/small-data.md, and trust the k-NN accuracy on held-out images, not the "
+            "loss",
         )
     for name, head in heads.items():
-        if head.prototypes > dataset_size >= 10_000:
+        if head.prototypes > dataset_size:
             yield Advice(
                 f"{head.prototypes:,} prototypes in {name} are more than the {dataset_size:,} images",
                 f"type {_SECTIONS[name]}.head_n_prototypes={fitting}",
@@ -233,3 +227,8 @@ def _dataset(config: Config, world_size: int, dataset_size: int) -> Iterator[Adv
             f"the run sees only {count:.0%} of the images",
             f"type optim.epochs={-(-config.optim.epochs // max(count, 1e-9)):.0f} or more to see all of them once",
         )
+
+
+def _starts_as_the_reference(config: Config) -> bool:
+    """Whether the network begins all but blind to where a patch is, and with blocks that are next to nothing."""
+    return config.student.pos_embed_std < 0.1 and 0 < (config.student.layerscale or 0) < 0.1

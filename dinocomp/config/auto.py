@@ -80,14 +80,14 @@ def _reference(key: str, why: str) -> tuple[Any, str]:
     return next(spec.default for spec in walk(Config()) if spec.name == key), f"the reference's: {why}"
 
 
-def prototypes(images: int) -> int:
+def prototypes_for(images: int) -> int:
     """How many prototypes go with so many images: the power of two nearest below one for 16 images, 128 to 65536."""
     return min(max(1 << max((images // 16).bit_length() - 1, 0), 128), 65536)
 
 
 def _prototypes(config: Config, facts: Facts) -> tuple[int, str]:
     images, said = _images(facts)
-    return prototypes(images), f"one for 16 of {said}, as a power of two from 128 to 65,536"
+    return prototypes_for(images), f"one for 16 of {said}, as a power of two from 128 to 65,536"
 
 
 def _momentum(config: Config, facts: Facts) -> tuple[float, str]:

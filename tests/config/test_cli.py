@@ -4,6 +4,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -29,11 +30,16 @@ def other_rooms(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
             raise DataError("1 unreadable image: a.png")
         return Report()
 
-    def count_images(dataset_path: str, cache_dir: str) -> int | None:
+    class Survey(NamedTuple):
+        images: int | None
+        side: int | None
+
+    def survey_images(dataset_path: str, *, fetch: bool, cache_dir: str) -> Survey:
+        assert not fetch
         seen["counted"] = (dataset_path, cache_dir)
         if isinstance(seen["count"], Exception):
             raise seen["count"]
-        return seen["count"]  # type: ignore[return-value]
+        return Survey(seen["count"], 64)  # type: ignore[arg-type]
 
     def plan_memory(config: object, world_size: int, limit: float | None) -> types.SimpleNamespace:
         seen["memory"] = (world_size, limit)
@@ -42,7 +48,7 @@ def other_rooms(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         return types.SimpleNamespace(memory=memory, strategy="ddp", limit=limit, fits=fits, remedy="type less")
 
     rooms = {
-        "dinocomp.data": {"count_images": count_images},
+        "dinocomp.data": {"Survey": Survey, "survey_images": survey_images},
         "dinocomp.data.convert": {"convert": convert},
         "dinocomp.build": {
             "count_parameters": lambda config: {"backbone": 21_678_336, "dino_head": 23_655_680},

@@ -1,0 +1,96 @@
+"""What `auto` stands for."""
+
+from pathlib import Path
+
+import pytest
+
+from dinocomp.config import load_config
+from dinocomp.config.auto import ASSUMED_IMAGES, RULES, Facts, choose, prototypes_for
+from dinocomp.config.keys import walk
+from dinocomp.config.load import LoadedConfig, all_keys
+from dinocomp.config.plan import describe
+from dinocomp.config.schema import Config
+from dinocomp.errors import ConfigError
+
+SMALL = ["recipes=[small_data]", "train.batch_size_per_gpu=64", "student.patch_size=8"]
+
+
+def chosen(loaded: LoadedConfig) -> dict[str, object]:
+    return {choice.key: choice.value for choice in loaded.chosen}
+
+
+def test_every_key_that_takes_auto_has_a_rule_whose_values_it_takes() -> None:
+    assert {spec.name for spec in all_keys().values() if spec.auto} == set(RULES)
+    words = [f"{name}=auto" for name in RULES]
+    for facts in (Facts(), Facts(40, 8, 1), Facts(5_679, 64, 1), Facts(200_000, 500, 8), Facts(14_000_000, 300, 96)):
+        loaded = load_config("quickstart", words, facts)  # which refuses what is out of range
+        assert set(chosen(loaded)) == set(RULES)
+        values = {spec.name: spec.default for spec in walk(loaded.config)}
+        assert all(values[name] == value for name, value in chosen(loaded).items())
+        assert all(choice.reason and "\n" not in str(choice) for choice in loaded.chosen)
+
+
+def test_with_data_as_large_as_the_references_the_rules_come_to_its_values() -> None:
+    words = ["train.batch_size_per_gpu=64", "student.patch_size=16", *(f"{name}=auto" for name in RULES)]
+    found, defaults = chosen(load_config(None, words, Facts(1_281_167, 400, 32))), all_keys()
+    assert {name: value for name, value in found.items() if value != defaults[name].default} == {}
+
+
+def test_prototypes_follow_the_data() -> None:
+    assert [prototypes_for(n) for n in (0, 1, 1437, 5_679, 20_000, 126_689, 1_281_167, 10**9)] == [
+        *(128, 128, 128, 256, 1024, 4096, 65536, 65536)
+    ]
+
+
+def test_a_word_of_the_command_line_stands_against_the_recipe() -> None:
+    loaded = load_config("vits16", [*SMALL, "dino.head_n_prototypes=77"], Facts(5_679, 64))
+    assert loaded.config.dino.head_n_prototypes == 77 and "dino.head_n_prototypes" not in chosen(loaded)
+    assert loaded.config.ibot.head_n_prototypes == 256
+    assert load_config("vits16", SMALL).config.dino.head_n_prototypes == prototypes_for(ASSUMED_IMAGES)
+
+
+def test_crops_are_as_large_as_images() -> None:
+    def sizes(side: int | None, patch: int) -> tuple[int, int, int]:
+        words = ["crops.global_crops_size=auto", "crops.local_crops_size=auto", "crops.local_crops_number=auto"]
+        crops = load_config("vits16", [*words, f"student.patch_size={patch}"], Facts(5_679, side)).config.crops
+        return crops.global_crops_size, crops.local_crops_size, crops.local_crops_number
+
+    assert sizes(400, 16) == sizes(None, 16) == (224, 96, 8)
+    assert sizes(400, 14) == (224, 98, 8)
+    assert sizes(64, 8) == (64, 24, 4)
+    assert sizes(60, 8) == (64, 24, 4), "whole patches"
+    assert sizes(8, 4) == (16, 8, 4), "some patches, however small the image"
+
+
+def test_a_run_that_goes_on_keeps_what_it_began_with() -> None:
+    loaded = load_config("vits16", SMALL, Facts(5_679, 64, settled={"dino.head_n_prototypes": 4096}))
+    assert loaded.config.dino.head_n_prototypes == 4096
+    assert loaded.config.ibot.head_n_prototypes == 256
+    (choice,) = (choice for choice in loaded.chosen if choice.key == "dino.head_n_prototypes")
+    assert "as this run began" in str(choice)
+
+
+def test_rules_see_what_was_chosen_before_them() -> None:
+    config, found = choose(Config(), ["crops.local_crops_scale", "crops.global_crops_scale"], Facts(5_679))
+    assert config.crops.local_crops_scale[1] == config.crops.global_crops_scale[0] > 0.32
+    assert [choice.key for choice in found] == ["crops.global_crops_scale", "crops.local_crops_scale"]
+
+
+@pytest.mark.parametrize("word", ["student.depth=auto", "dino.head_n_prototypes=automatic", "crops.aspect_ratio=auto"])
+def test_other_words_and_other_keys_are_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match=word.partition("=")[0]):
+        load_config("quickstart", [word])
+
+
+def test_a_plan_gives_the_reasons() -> None:
+    text = describe(load_config("vits16", SMALL, Facts(5_679, 64)), 1, 5_679, {})
+    assert "Chosen where it says auto" in text
+    (line,) = (line for line in text.splitlines() if line.strip().startswith("ibot.head_n_prototypes") and "16" in line)
+    assert "256" in line and "5,679 images" in line
+    assert "not counted" in describe(load_config("vits16", SMALL), 1, None, {})
+    assert "auto" not in describe(load_config("vits16"), 1, 5_679, {})
+
+
+def test_chosen_values_are_checked_like_others(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="do not tile"):
+        load_config("quickstart", ["crops.global_crops_size=30", "crops.local_crops_size=auto"])
