@@ -55,6 +55,26 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     assert [line["iteration"] for line in metrics(output)] == list(range(1, 17))
 
 
+def test_auto_is_settled_when_a_run_begins(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By its images, counted; a run that goes on for longer keeps what it began with, and a new one does not."""
+    auto = {"dino__head_n_prototypes": "auto", "teacher__warmup_teacher_temp_epochs": "auto"}
+    auto["teacher__teacher_temp"] = 0.07
+    output = tmp_path / "run"
+    assert main(["quickstart", *words(output, **auto)]) == 0
+    assert "auto: dino.head_n_prototypes=128: one for 16 of 1,438 images" in capsys.readouterr().out
+    text = (output / "config.yaml").read_text()
+    assert "# auto: dino.head_n_prototypes=128: one for 16 of 1,438 images" in text
+    begun = yaml.safe_load(text)
+    assert begun["dino"]["head_n_prototypes"] == 128 and begun["teacher"]["warmup_teacher_temp_epochs"] == 0
+    assert load_checkpoint(output, 12)["state"]["model"]["student_dino_head.net.last_layer.weight_v"].shape[0] == 128
+
+    assert main(["quickstart", *words(output, **auto, optim__epochs=7)]) == 0
+    assert yaml.safe_load((output / "config.yaml").read_text())["teacher"]["warmup_teacher_temp_epochs"] == 0
+    assert "auto: teacher.warmup_teacher_temp_epochs=0: as this run began" in capsys.readouterr().out
+    assert main(["quickstart", *words(tmp_path / "new", **auto, optim__epochs=7)]) == 0
+    assert yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())["teacher"]["warmup_teacher_temp_epochs"] == 2
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, pytest.param({"performance__device_augment": "true", **CURRICULUM}, marks=pytest.mark.slow)],
