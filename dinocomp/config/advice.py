@@ -16,6 +16,8 @@ from dinocomp.config.derive import (
 from dinocomp.config.schema import Config
 
 _SECTIONS = {"dino_head": "dino", "ibot_head": "ibot"}
+# From where on a short run feels them: blocks that contribute from the first step, positions beside patches.
+_FELT_LAYERSCALE, _FELT_POSITIONS = 0.1, 0.1
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,22 @@ def warnings(config: Config, world_size: int, dataset_size: int | None) -> list[
     if dataset_size is not None:
         found += _dataset(config, world_size, dataset_size)
     return found
+
+
+def when_features_do_not_improve(config: Config) -> str:
+    """What to change, and is not set already, where the teacher's k-NN accuracy falls or stays low. One line."""
+    student, rate = config.student, "optim.lr" if config.optim.lr > 0 else "optim.base_lr"
+    centred = config.train.centering == "centering"
+    words = []
+    if config.MODEL.WEIGHTS or student.pretrained_weights:  # how a network starts is settled
+        words += ["recipes=[sinkhorn]"] if centred else []
+    elif centred or 0 < (student.layerscale or 0) < _FELT_LAYERSCALE or student.pos_embed_std < _FELT_POSITIONS:
+        words.append("recipes=[small_data]")
+    lone, fp16 = config.train.batch_size_per_gpu == 1, precision(config, on_gpu=True) == "fp16"
+    if config.dino.koleo_loss_weight == 0 and not lone and not fp16:
+        words.append("dino.koleo_loss_weight=0.1")
+    words.append(f"{rate}={(config.optim.lr or config.optim.base_lr) / 2:.3g} (half of it)")
+    return f"try in a new train.output_dir, one after the other: {', '.join(words)}"
 
 
 def suggested_prototypes(dataset_size: int) -> int:

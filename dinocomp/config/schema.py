@@ -169,6 +169,7 @@ class Student:
     patch_size: int = key(16, "side of a patch (pixels)", minimum=1)
     drop_path_rate: float = key(0.3, "fraction of the batch that skips a residual branch", minimum=0, below=1)
     layerscale: float | None = key(1e-5, "initial LayerScale factor (0 or null = no LayerScale)", minimum=0)
+    pos_embed_std: float = key(0.02, "standard deviation that position embeddings start with", above=0)
     drop_path_uniform: bool = key(True, "same drop path rate in every block (false = rising from 0 with depth)")
     pretrained_weights: str = key("", "weights for the student's backbone before training (path; '' = none)")
     ffn_layer: str = key("mlp", "feed-forward layer", choices=("mlp", "swiglu", "swiglufused", "identity"))
@@ -298,7 +299,9 @@ class Evaluation:
     knn_k: tuple[int, ...] = key((10, 20, 100, 200), "neighbours that vote; one accuracy for each number", minimum=1)
     knn_temperature: float = key(0.07, "temperature of the votes", above=0)
     batch_size: int = key(256, "images a forward pass of the evaluation", minimum=1)
-    at_start: bool = key(False, "also evaluate before the first iteration")
+    at_start: bool = key(
+        False, "also evaluate before the first iteration, and raw pixels with it: what features have to beat"
+    )
     budget: float = key(
         0.1,
         "largest share of the run's time that evaluations take: one that comes too soon after the one before is left "

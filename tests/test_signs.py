@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dinocomp.collapse import signs_of_collapse
+from dinocomp.signs import signs_of_collapse
 
 HEALTHY = {
     "feature_std": 0.6,
