@@ -84,7 +84,8 @@ def _has_deepened(scores: Sequence[Score]) -> bool:
 def _no_better(scores: Sequence[Score], iterations: int, pixels: float | None) -> dict[str, str]:
     (first, start), (iteration, last) = scores[0], scores[-1]
     found = {}
-    if first == 0 and 0 < iterations <= 4 * iteration and last - start < A_POINT - _ROUNDING:
+    from_start = _best(scores) == 0 and _fall(scores)  # says it, and more
+    if first == 0 and 0 < iterations <= 4 * iteration and last - start < A_POINT - _ROUNDING and not from_start:
         found["start"] = f"k-NN accuracy of {_percent(last)} is no better than before training ({_percent(start)})"
     if pixels is not None and 0 < iterations <= 2 * iteration and last <= pixels:
         found["pixels"] = f"k-NN accuracy of {_percent(last)} is no better than that of raw pixels ({_percent(pixels)})"

@@ -6,7 +6,7 @@ import pytest
 
 from dinocomp.config import Config, load_config
 from dinocomp.config import derive as d
-from dinocomp.config.advice import suggested_prototypes, warnings
+from dinocomp.config.advice import suggested_prototypes, warnings, when_features_do_not_improve
 from dinocomp.config.derive import HeadSize
 from dinocomp.errors import ConfigError
 
@@ -201,3 +201,30 @@ def test_the_suggested_prototypes_follow_the_data() -> None:
     assert [suggested_prototypes(n) for n in (0, 1, 1437, 20_000, 126_689, 1_281_167, 10**9)] == [
         *(512, 512, 512, 1024, 4096, 65536, 65536)
     ]
+
+
+SMALL = ("train.centering=sinkhorn_knopp", "student.layerscale=null", "student.pos_embed_std=0.5")
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ((), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
+        (SMALL, "optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "optim.lr=0.001"), "optim.lr=0.0005 (half of it)"),
+        ((*SMALL, "train.centering=centering"), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.layerscale=1e-5"), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.layerscale=0.1"), "optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.layerscale=0"), "optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.pos_embed_std=0.02"), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "dino.koleo_loss_weight=0"), "dino.koleo_loss_weight=0.1, optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "dino.koleo_loss_weight=0", "performance.precision=fp16"), "optim.base_lr=0.002 (half of it)"),
+        (("student.pretrained_weights=a",), "recipes=[sinkhorn], optim.base_lr=0.002 (half of it)"),
+        (("MODEL.WEIGHTS=a", SMALL[0]), "optim.base_lr=0.002 (half of it)"),
+    ],
+)
+def test_what_to_change_where_features_do_not_improve(words: tuple[str, ...], advice: str) -> None:
+    """Only what is not so already."""
+    given = {word.partition("=")[0]: word for word in words}  # the last one counts
+    found = when_features_do_not_improve(made(*given.values()))
+    assert found == f"try in a new train.output_dir, one after the other: {advice}"
