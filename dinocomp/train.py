@@ -225,6 +225,8 @@ def _finish_copies(run: "Run") -> list[str]:
 
 def summary(run: "Run") -> list[str]:
     """What a finished run leaves, and what its features are worth, in words."""
+    from dinocomp.evaluate.online import pixels_of
+
     lines = [f"teacher: {run.start.output / 'teacher.safetensors'}"]
     evaluation = run.callbacks.evaluation
     found = [evaluation.found[i] for i in sorted(evaluation.found)]
@@ -240,6 +242,8 @@ def summary(run: "Run") -> list[str]:
         best = max(accuracy.values(), key=lambda evaluated: evaluated.score)
         if best.score > accuracy[last].score:
             line += f"; best {best.score:.1%} at iteration {best.iteration} (best_teacher.safetensors)"
+        if (pixels := pixels_of(evaluation.found, k)) is not None:
+            line += f"; raw pixels {pixels:.1%}"
         lines.append(line)
     elif found and found[-1].label_free:
         shown = ", ".join(f"{name} {value:.3g}" for name, value in found[-1].label_free.items())

@@ -60,6 +60,8 @@ def assert_same(one: Path, other: Path, rel: float = 1e-5) -> None:
     for a, b in zip(*lines, strict=True):
         a, b = json.loads(a), json.loads(b)
         assert a["knn_top1"]["5"] == pytest.approx(b["knn_top1"]["5"], abs=0.01), "rounding may turn an image or two"
+    ours, theirs = (json.loads(text[0])["pixels_top1"]["5"] for text in lines)
+    assert ours == pytest.approx(theirs, abs=0.003) and ours > 0.9, "of raw pixels, all ranks together"
 
 
 @pytest.fixture(scope="module", params=[CENTERING, SINKHORN], ids=["centering", "sinkhorn"])

@@ -33,6 +33,7 @@ from dinocomp.callbacks.evaluation import Measures
 from dinocomp.checkpoints.folder import TEACHER, expired
 from dinocomp.checkpoints.uploads import Uploads
 from dinocomp.config import Config, derive, to_yaml
+from dinocomp.config.advice import when_features_do_not_improve
 from dinocomp.interop import save_teacher
 from dinocomp.method import DINOv2
 from dinocomp.optim import Multipliers
@@ -136,10 +137,12 @@ def build_callbacks(
             measures,
             folder=output,
             period=config.evaluation.eval_period_iterations,
+            iterations=total,
             at_start=config.evaluation.at_start,
             budget=config.evaluation.budget,
             export_teacher=export_teacher,
             stop=stop,
+            remedy=when_features_do_not_improve(config),
         ),
         checkpoints=Checkpoints(
             output / "checkpoints",

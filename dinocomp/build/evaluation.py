@@ -11,6 +11,7 @@ from dinocomp.data import Images, evaluation_pair
 from dinocomp.evaluate import Chosen, draw, match_classes
 from dinocomp.evaluate.features import AUTOCAST
 from dinocomp.evaluate.online import LabelledPair, measure_knn, measure_label_free
+from dinocomp.evaluate.pixels import measure_pixels
 from dinocomp.method import DINOv2
 
 
@@ -34,7 +35,7 @@ def labelled_pair(config: Config) -> LabelledPair | None:
 
 
 def build_measures(config: Config, start: Start, model: DINOv2, images: Images, pair: LabelledPair | None) -> Measures:
-    """k-NN on a labelled pair, label-free measures, and pictures, as far as they are wanted.
+    """k-NN of features and raw pixels on a labelled pair, label-free measures, and pictures, as far as wanted.
 
     Args:
         images: what the run trains on; label-free measures look at the pair's held-out ones instead, where there are.
@@ -49,16 +50,19 @@ def build_measures(config: Config, start: Start, model: DINOv2, images: Images, 
         "autocast": AUTOCAST[start.precision],
         "skip_bad": config.data.on_bad_image == "skip",
     }
-    knn = label_free = None
+    knn = pixels = label_free = None
     if pair:
-        knn = partial(
-            measure_knn,
-            pair=pair,
-            resize=resize,
-            crop=crop,
-            ks=evaluation.knn_k,
-            temperature=evaluation.knn_temperature,
-            **loading,
+        knn, pixels = (
+            partial(
+                measure,
+                pair=pair,
+                resize=resize,
+                crop=crop,
+                ks=evaluation.knn_k,
+                temperature=evaluation.knn_temperature,
+                **loading,
+            )
+            for measure in (measure_knn, measure_pixels)
         )
     if evaluation.label_free == "always" or (evaluation.label_free == "auto" and not pair):
         label_free = partial(
@@ -70,4 +74,4 @@ def build_measures(config: Config, start: Start, model: DINOv2, images: Images, 
             resize=resize,
             **loading,
         )
-    return Measures(pair, knn, label_free, build_pictures(config, start, pair.val if pair else images))
+    return Measures(pair, knn, pixels, label_free, build_pictures(config, start, pair.val if pair else images))

@@ -17,9 +17,18 @@ from dinocomp.callbacks.stop import StopOnSignal
 from dinocomp.checkpoints.folder import BEST_TEACHER
 from dinocomp.distributed import on_rank_0
 from dinocomp.errors import WeightsError
-from dinocomp.evaluate.online import Evaluated, LabelledPair, read_evaluations, write_evaluations
+from dinocomp.evaluate.online import (
+    Evaluated,
+    LabelledPair,
+    pixels_of,
+    read_evaluations,
+    scores_of,
+    write_evaluations,
+)
+from dinocomp.evaluate.pixels import SIDE
 from dinocomp.interop import read_about
 from dinocomp.method import DINOv2
+from dinocomp.signs import fell, news_of_decline
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +40,14 @@ class Measures:
     Attributes:
         pair: what `knn` is measured on.
         knn: of the teacher's backbone, k -> accuracy.
+        pixels: the same of raw pixels, on that backbone's device; measured at iteration 0 alone.
         label_free: of the teacher's backbone, name -> value.
         pictures: draws the teacher of an iteration.
     """
 
     pair: LabelledPair | None = None
     knn: Callable[[torch.nn.Module], Mapping[int, float]] | None = None
+    pixels: Callable[[torch.nn.Module], Mapping[int, float]] | None = None
     label_free: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
     pictures: Callable[[DINOv2, int, Logger], None] | None = None
 
@@ -44,16 +55,19 @@ class Measures:
 class OnlineEvaluation(Callback):
     """Measures the teacher, and keeps a copy of it at each period and of the best one.
 
+    Where the teacher is no better than raw pixels or its start, or has fallen, it says so when that is new.
     Training is as it would be without: no global random generator, no position in the data, no weight is touched.
 
     Args:
         folder: gets `evaluation.jsonl`, at each period `evaluation/iteration-N/teacher.safetensors`, and
             `best_teacher.safetensors`, the one with the highest k-NN accuracy at the first k.
         period: iterations between evaluations; 0 for none but the last.
-        at_start: evaluate the weights that the run starts from.
+        iterations: of the whole run.
+        at_start: evaluate the weights that the run starts from, and raw pixels.
         budget: largest share of the time that evaluations take: one that follows too soon is left out.
         export_teacher: gives what writes the teacher, of an iteration, to a path; all ranks call it.
         stop: once it asks for the end, nothing is evaluated any more; the run that goes on makes up for it.
+        remedy: what to change where features do not improve.
 
     Attributes:
         found: iteration -> what was found, by this process and, from the file, by those before it.
@@ -66,20 +80,24 @@ class OnlineEvaluation(Callback):
         *,
         folder: Path,
         period: int,
+        iterations: int,
         at_start: bool,
         budget: float,
         export_teacher: Callable[[], Callable[[Path, int], None]],
         stop: StopOnSignal,
+        remedy: str = "",
     ) -> None:
         self.model = model
         self.measures = measures
         self.folder = folder
         self.path = folder / "evaluation.jsonl"
         self.period = period
+        self.iterations = iterations
         self.at_start = at_start
         self.budget = budget
         self.export_teacher = export_teacher
         self.stop = stop
+        self.remedy = remedy
         self.found = on_rank_0(lambda: read_evaluations(self.path))
         self.ended = time.monotonic()
         self.took = self.found[max(self.found)].seconds if self.found else 0.0  # the last evaluation
@@ -144,8 +162,10 @@ class OnlineEvaluation(Callback):
         return False
 
     def _evaluate(self, iteration: int, logger: Logger) -> None:
-        start = time.monotonic()
         backbone = self.model.shells("teacher")["backbone"]
+        # Measured once, so no part of the time that the next evaluation is expected to take.
+        pixels = self.measures.pixels(backbone) if self.measures.pixels and iteration == 0 else {}
+        start = time.monotonic()
         knn, label_free = {}, {}
         # Its shapes are others than those that training has compiled blocks for.
         with torch.compiler.set_stance("force_eager"):
@@ -153,7 +173,7 @@ class OnlineEvaluation(Callback):
                 knn = self.measures.knn(backbone)
             if self.measures.label_free:
                 label_free = self.measures.label_free(backbone)
-        evaluated = Evaluated(iteration, knn, label_free)
+        evaluated = Evaluated(iteration, knn, label_free, pixels=pixels)
         if knn:
             k, score = next(iter(knn.items()))  # an earlier process may have asked for others
             if score > max((found.knn[k] for found in self.found.values() if k in found.knn), default=-1.0):
@@ -165,6 +185,8 @@ class OnlineEvaluation(Callback):
         self.took = self.ended - start
         self._keep(replace(evaluated, seconds=self.took))
         self._tell(self.found[iteration], logger)
+        if knn and dist.get_global_rank() == 0:
+            self._warn(iteration, next(iter(knn)))
 
     def _keep(self, evaluated: Evaluated) -> None:
         self.found[evaluated.iteration] = evaluated
@@ -175,6 +197,7 @@ class OnlineEvaluation(Callback):
     def _tell(self, evaluated: Evaluated, logger: Logger) -> None:
         logger.log_metrics(
             {f"knn/top1_k{k}": value for k, value in evaluated.knn.items()}
+            | {f"knn/pixels_k{k}": value for k, value in evaluated.pixels.items()}
             | {f"label_free/{name}": value for name, value in evaluated.label_free.items()}
             | {"evaluation/seconds": evaluated.seconds}
         )
@@ -182,13 +205,25 @@ class OnlineEvaluation(Callback):
             return
         said = []
         if evaluated.knn:
-            shown = "  ".join(f"k={k} {value:.1%}" for k, value in evaluated.knn.items())
-            said.append(f"k-NN accuracy of the teacher at iteration {evaluated.iteration}: {shown}")
+            said.append(f"k-NN accuracy of the teacher at iteration {evaluated.iteration}: {_by_k(evaluated.knn)}")
+        if evaluated.pixels:
+            said.append(f"of raw pixels ({SIDE} x {SIDE}): {_by_k(evaluated.pixels)}")
         if evaluated.label_free:
             shown = "  ".join(f"{name} {value:.3g}" for name, value in evaluated.label_free.items())
             said.append(f"without labels, the teacher at iteration {evaluated.iteration}: {shown}")
         if said:
             log.info("%s (%.1f s)", "; ".join(said), evaluated.seconds)
+
+    def _warn(self, iteration: int, k: int) -> None:
+        """Of what this evaluation is the first to show; what earlier processes of this run have told counts."""
+        scores = scores_of(self.found, k)
+        signs = news_of_decline(scores, self.iterations, pixels_of(self.found, k))
+        if not signs:
+            return
+        remedy = self.remedy
+        if fell(scores) and (self.folder / BEST_TEACHER).exists():
+            remedy = f"the better teacher is in {BEST_TEACHER}; {remedy}"
+        log.warning("iteration %d: %s -> %s", iteration, "; ".join(signs), remedy)
 
     def _forget_best_after(self, finished: int) -> None:
         """The best teacher may be of an iteration that a resumed run has yet to come to again, perhaps otherwise."""
@@ -206,6 +241,10 @@ class OnlineEvaluation(Callback):
                 partial = path.with_suffix(".partial")
                 shutil.copyfile(self._copy_of(best), partial)
                 partial.replace(path)
+
+
+def _by_k(accuracies: Mapping[int, float]) -> str:
+    return "  ".join(f"k={k} {value:.1%}" for k, value in accuracies.items())
 
 
 @contextmanager

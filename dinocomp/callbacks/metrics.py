@@ -19,10 +19,10 @@ from composer.utils import dist
 from dinocomp.callbacks.bad_images import BadImages
 from dinocomp.callbacks.bad_steps import SkipBadSteps
 from dinocomp.callbacks.clip import ClipGradients
-from dinocomp.collapse import signs_of_collapse
 from dinocomp.errors import TrainingError
 from dinocomp.method import DINOv2
 from dinocomp.schedules import Schedules
+from dinocomp.signs import signs_of_collapse
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,8 @@ from dinocomp.config.schema import Config
 
 FEW_IMAGES = 100_000
 _SECTIONS = {"dino_head": "dino", "ibot_head": "ibot"}
+# From where on a short run feels them: blocks that contribute from the first step, positions beside patches.
+_FELT_LAYERSCALE, _FELT_POSITIONS = 0.1, 0.1
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,22 @@ def warnings(config: Config, world_size: int, dataset_size: int | None) -> list[
     if dataset_size is not None:
         found += _dataset(config, world_size, dataset_size)
     return found
+
+
+def when_features_do_not_improve(config: Config) -> str:
+    """What to change, and is not set already, where the teacher's k-NN accuracy falls or stays low. One line."""
+    student, rate = config.student, "optim.lr" if config.optim.lr > 0 else "optim.base_lr"
+    centred = config.train.centering == "centering"
+    words = []
+    if config.MODEL.WEIGHTS or student.pretrained_weights:  # how a network starts is settled
+        words += ["recipes=[sinkhorn]"] if centred else []
+    elif centred or _starts_as_the_reference(config):
+        words.append("recipes=[small_data]")
+    lone, fp16 = config.train.batch_size_per_gpu == 1, precision(config, on_gpu=True) == "fp16"
+    if config.dino.koleo_loss_weight == 0 and not lone and not fp16:
+        words.append("dino.koleo_loss_weight=0.1")
+    words.append(f"{rate}={(config.optim.lr or config.optim.base_lr) / 2:.3g} (half of it)")
+    return f"try in a new train.output_dir, one after the other: {', '.join(words)}"
 
 
 def _batch(config: Config, world_size: int) -> Iterator[Advice]:
@@ -230,5 +248,6 @@ def _dataset(config: Config, world_size: int, dataset_size: int) -> Iterator[Adv
 
 
 def _starts_as_the_reference(config: Config) -> bool:
-    """Whether the network begins all but blind to where a patch is, and with blocks that are next to nothing."""
-    return config.student.pos_embed_std < 0.1 and 0 < (config.student.layerscale or 0) < 0.1
+    """Whether the network begins all but blind to where a patch is, or with blocks that are next to nothing."""
+    student = config.student
+    return student.pos_embed_std < _FELT_POSITIONS or 0 < (student.layerscale or 0) < _FELT_LAYERSCALE

@@ -299,7 +299,9 @@ class Evaluation:
     knn_k: tuple[int, ...] = key((10, 20, 100, 200), "neighbours that vote; one accuracy for each number", minimum=1)
     knn_temperature: float = key(0.07, "temperature of the votes", above=0)
     batch_size: int = key(256, "images a forward pass of the evaluation", minimum=1)
-    at_start: bool = key(False, "also evaluate before the first iteration")
+    at_start: bool = key(
+        False, "also evaluate before the first iteration, and raw pixels with it: what features have to beat"
+    )
     budget: float = key(
         0.1,
         "largest share of the run's time that evaluations take: one that comes too soon after the one before is left "

@@ -34,18 +34,30 @@ class Evaluated:
     Attributes:
         knn: k -> top-1 accuracy.
         label_free: name -> value, see `label_free_measures`.
-        seconds: that it took, pictures included.
+        seconds: that it took, pictures included, raw pixels not.
+        pixels: k -> top-1 accuracy of raw pixels, see `Thumbnails`; at iteration 0, where they were measured.
     """
 
     iteration: int
     knn: Mapping[int, float] = field(default_factory=dict)
     label_free: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    pixels: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
         """What teachers are compared by: the accuracy of the first k; -1 where there is none."""
         return next(iter(self.knn.values()), -1.0)
+
+
+def scores_of(found: Mapping[int, Evaluated], k: int) -> list[tuple[int, float]]:
+    """Iterations and the teacher's accuracies with k neighbours, in order; processes may have asked for other k."""
+    return [(i, evaluated.knn[k]) for i, evaluated in sorted(found.items()) if k in evaluated.knn]
+
+
+def pixels_of(found: Mapping[int, Evaluated], k: int) -> float | None:
+    """The accuracy of raw pixels with k neighbours; None where it was not measured."""
+    return next((evaluated.pixels[k] for evaluated in found.values() if k in evaluated.pixels), None)
 
 
 def measure_knn(
@@ -102,6 +114,8 @@ def write_evaluations(path: Path, found: Mapping[int, Evaluated]) -> None:
         line: dict[str, Any] = {"iteration": evaluated.iteration}
         if evaluated.knn:
             line["knn_top1"] = dict(evaluated.knn)
+        if evaluated.pixels:
+            line["pixels_top1"] = dict(evaluated.pixels)
         if evaluated.label_free:
             line["label_free"] = dict(evaluated.label_free)
         lines.append(json.dumps(line | {"seconds": round(evaluated.seconds, 2)}) + "\n")
@@ -118,8 +132,10 @@ def read_evaluations(path: Path) -> dict[int, Evaluated]:
             line = json.loads(text)
         except ValueError:  # a line that somebody or a full disk cut short: it is measured again
             continue
-        knn = {int(k): value for k, value in line.get("knn_top1", {}).items()}
+        knn, pixels = (
+            {int(k): value for k, value in line.get(name, {}).items()} for name in ("knn_top1", "pixels_top1")
+        )
         found[line["iteration"]] = Evaluated(
-            line["iteration"], knn, line.get("label_free", {}), line.get("seconds", 0.0)
+            line["iteration"], knn, line.get("label_free", {}), line.get("seconds", 0.0), pixels
         )
     return found

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dinocomp.pictures.canvas import INK, PALETTE, WIDTH, drawn, figure, page, points, tidy
+from dinocomp.pictures.canvas import INK, PALE, PALETTE, WIDTH, drawn, figure, page, points, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DASHES = ("-", "--", "-.", ":")
+_BASELINE = "raw pixels"  # a level line that features have to beat
 _MOST = 300  # points of a curve; of more, the means of as many stretches are drawn
 _PANEL = 265  # pixels, height
 _SMALL = 18  # pixels, letters
@@ -131,7 +132,11 @@ def _panels(metrics: Sequence[Mapping], evaluation: Sequence[Mapping]) -> Iterab
 
 def _accuracies(evaluation: Sequence[Mapping]) -> Curves:
     ks = sorted({k for line in evaluation for k in line.get("knn_top1") or {}}, key=int)
-    return {f"k={k}": _pairs(evaluation, lambda line, k=k: _percent((line.get("knn_top1") or {}).get(k))) for k in ks}
+    curves = {f"k={k}": _pairs(evaluation, lambda line, k=k: _percent((line.get("knn_top1") or {}).get(k))) for k in ks}
+    for k, accuracy in [item for line in evaluation for item in (line.get("pixels_top1") or {}).items()][:1]:
+        ends = [min(line["iteration"] for line in evaluation), max(line["iteration"] for line in evaluation)]
+        curves[f"{_BASELINE} (k={k})"] = ends, [100 * accuracy] * 2
+    return curves
 
 
 def _percent(value: float | None) -> float | None:
@@ -154,6 +159,9 @@ def _pairs(lines: Sequence[Mapping], value_of) -> tuple[list[float], list[float]
 def _draw(axes: Axes, curves: Curves) -> None:
     for i, (name, (xs, ys)) in enumerate(curves.items()):
         x, y = np.asarray(xs, float), np.asarray(ys, float)
+        if name.startswith(_BASELINE):
+            axes.plot(x, y, color=PALE, linestyle="--", linewidth=2.5, label=name)
+            continue
         if len(x) > _MOST:
             parts = np.array_split(np.arange(len(x)), _MOST)
             x, y = (np.array([_mean(values[part]) for part in parts]) for values in (x, y))

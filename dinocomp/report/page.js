@@ -30,7 +30,12 @@
     const { chart, smooth } = plot;
     const found = [];
     for (const curve of chart.curves) {
-      const x = data.x[curve.x], line = seriesColour(curve.colour);
+      const x = data.x[curve.x], line = curve.baseline ? colour("--soft") : seriesColour(curve.colour);
+      if (curve.baseline) {
+        const level = { width: 2, color: line, dash: "dash" };
+        found.push({ x, y: curve.y, type: "scatter", mode: "lines", name: curve.name, line: level, hovertemplate: chart.percent ? "%{y:.1%}" : "%{y:.4~g}" });
+        continue;
+      }
       if (curve.low && !smooth && chart.curves.length <= 6) {
         const edge = { x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: curve.name };
         found.push({ ...edge, y: curve.low }, { ...edge, y: curve.high, fill: "tonexty", fillcolor: faint(line) });

@@ -26,6 +26,8 @@ class Panel:
         percent: shares of 1, shown in per cent.
         rare: one point an evaluation, not one a few steps.
         quiet: not drawn while all is 0.
+        baseline: a pattern, whose first column's only number is what the curves have to beat.
+        baseline_words: what a legend calls it.
     """
 
     section: str
@@ -37,6 +39,8 @@ class Panel:
     percent: bool = False
     rare: bool = False
     quiet: bool = False
+    baseline: str = ""
+    baseline_words: str = ""
 
 
 PANELS = (
@@ -48,6 +52,8 @@ PANELS = (
         "Held-out images whose label the nearest reference images guess, by the number k of those that vote.",
         percent=True,
         rare=True,
+        baseline="pixels_top1/*",
+        baseline_words="raw pixels",
     ),
     Panel(
         "curves",
@@ -105,7 +111,10 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of one column. `low` and `high` are the extremes of what each point is the mean of; else None."""
+    """Points of one column. `low` and `high` are the extremes of what each point is the mean of; else None.
+
+    `baseline`: drawn as a dashed line without points.
+    """
 
     label: str
     x: np.ndarray
@@ -113,6 +122,7 @@ class Curve:
     low: np.ndarray | None = None
     high: np.ndarray | None = None
     colour: int = 0
+    baseline: bool = False
 
 
 @dataclass
@@ -148,6 +158,8 @@ class Sheet:
                 item: dict[str, Any] = {"name": curve.label, "x": place, "y": _short(curve.y), "colour": curve.colour}
                 if curve.low is not None and curve.high is not None:
                     item |= {"low": _short(curve.low), "high": _short(curve.high)}
+                if curve.baseline:
+                    item["baseline"] = True
                 curves.append(item)
             panel = chart.panel
             charts[chart.key] = {
@@ -179,7 +191,7 @@ def _worth_drawing(values: np.ndarray, panel: Panel) -> bool:
 def label_of(column: str) -> str:
     """A column's name in a legend."""
     group, _, name = column.rpartition("/")
-    if group == "knn_top1":
+    if group in ("knn_top1", "pixels_top1"):
         return f"k = {name}"
     return name.removeprefix("entropy_").removeprefix("prototypes_").removeprefix("center_norm_")
 
@@ -193,8 +205,18 @@ def charts_of(metrics: Table, evaluations: Table) -> list[Chart]:
         taken.update(names)
         if names:
             curves = [thin(table["iteration"], table[name], label_of(name), i) for i, name in enumerate(names)]
-            charts.append(Chart(panel, curves))
+            charts.append(Chart(panel, [*curves, *_baseline(panel, table)]))
     return charts
+
+
+def _baseline(panel: Panel, table: Table) -> list[Curve]:
+    """A level line over all iterations, of the first column that has a number."""
+    for name in fnmatch.filter(table, panel.baseline):
+        known = table[name][np.isfinite(table[name])]
+        if len(known):
+            label = f"{panel.baseline_words} ({label_of(name)})"
+            return [Curve(label, table["iteration"][[0, -1]], known[[0, 0]], baseline=True)]
+    return []
 
 
 def charts_together(tables: Sequence[tuple[str, Table, Table]]) -> list[Chart]:

@@ -53,7 +53,7 @@ class RunRecord:
         config: the same, checked; None where this version does not take it, for the reason in `notes`.
         config_text: the file itself.
         metrics, evaluations: the numbers of `metrics.jsonl` and `evaluation.jsonl`, nested names joined with "/"
-            (`knn_top1/10`, `label_free/rankme`).
+            (`knn_top1/10`, `pixels_top1/10`, `label_free/rankme`).
         warnings: of `train.log`, in the order in which they came last.
         pictures: kind ("pca", "attention", …) -> (iteration, file), by iteration.
         first_batch: what the networks were shown, or None.

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinocomp.collapse import LEAST_PROTOTYPES, LEAST_SPREAD, MOST_ENTROPY, signs_of_collapse
+from dinocomp.config.advice import when_features_do_not_improve
 from dinocomp.report.record import RunRecord, Table
 from dinocomp.report.words import number, percent
+from dinocomp.signs import LEAST_PROTOTYPES, LEAST_SPREAD, MOST_ENTROPY, fell, signs_of_collapse, signs_of_decline
 
 LEVELS = ("good", "note", "watch", "bad")  # from no cause for concern on
 _NOTHING_TO_GAIN = 0.02  # of data wait, below which data are no bottleneck (docs/performance-data.md)
 _WAITING = 0.1  # above which they are one
 _SHORT = 160  # characters of a warning
-_SLIPPED = 0.02  # of k-NN accuracy below the best
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,16 @@ class Gauge:
 
 @dataclass(frozen=True)
 class Knn:
-    """k-NN accuracy over a run, of the first k that was measured; the best teacher is chosen by it, too."""
+    """k-NN accuracy over a run, of the first k that was measured; the best teacher is chosen by it, too.
+
+    Attributes:
+        scores: (iteration, accuracy), in order.
+        pixels: accuracy of raw pixels; None where it was not measured.
+    """
 
     k: int
+    scores: list[tuple[int, float]]
+    pixels: float | None
     first: float
     first_iteration: int
     last: float
@@ -57,7 +64,20 @@ def knn_of(evaluations: Table) -> Knn | None:
         if known.any():
             values, at = values[known], evaluations["iteration"][known]
             best = int(np.argmax(values))
-            return Knn(k, values[0], int(at[0]), values[-1], int(at[-1]), values[best], int(at[best]))
+            scores = [(int(iteration), float(value)) for iteration, value in zip(at, values, strict=True)]
+            pixels = evaluations.get(f"pixels_top1/{k}", np.empty(0))
+            pixels = pixels[np.isfinite(pixels)]
+            return Knn(
+                k,
+                scores,
+                float(pixels[0]) if len(pixels) else None,
+                values[0],
+                int(at[0]),
+                values[-1],
+                int(at[-1]),
+                values[best],
+                int(at[best]),
+            )
     return None
 
 
@@ -139,16 +159,23 @@ def _features(record: RunRecord) -> list[Verdict]:
                 "Give one as evaluation.train_dataset_path and evaluation.val_dataset_path, if you have labels.",
             )
         ]
-    if knn.best - knn.last > _SLIPPED:
-        text = f"k-NN accuracy was {percent(knn.best)} at iteration {knn.best_iteration:,}, is {percent(knn.last)} now."
-        kept = "best_teacher.safetensors" in record.weights
-        where = "best_teacher.safetensors" if kept else f"evaluation/iteration-{knn.best_iteration:08d}"
-        return [Verdict("watch", text, f"The better teacher is kept in {where}.")]
+    found = []
+    if signs := signs_of_decline(knn.scores, record.iterations, knn.pixels):
+        remedy = []
+        if fell(knn.scores):
+            kept = "best_teacher.safetensors" in record.weights
+            where = "best_teacher.safetensors" if kept else f"evaluation/iteration-{knn.best_iteration:08d}"
+            remedy.append(f"The better teacher is kept in {where}.")
+        if record.config:
+            advice = when_features_do_not_improve(record.config)
+            remedy.append(f"{advice[0].upper()}{advice[1:]}.")
+        found.append(Verdict("watch", f"{'; '.join(signs)}.", " ".join(remedy)))
     if knn.last_iteration == knn.first_iteration:
-        return []
-    level = "good" if knn.last > knn.first else "watch"
+        return found
+    level = "note" if signs else "good" if knn.last > knn.first else "watch"
     since = "before training" if knn.first_iteration == 0 else f"at iteration {knn.first_iteration:,}"
-    return [Verdict(level, f"k-NN accuracy: {percent(knn.first)} {since}, {percent(knn.last)} now.")]
+    raw = "" if knn.pixels is None else f"; raw pixels {percent(knn.pixels)}"
+    return [*found, Verdict(level, f"k-NN accuracy: {percent(knn.first)} {since}, {percent(knn.last)} now{raw}.")]
 
 
 def _collapse(record: RunRecord) -> list[Verdict]:

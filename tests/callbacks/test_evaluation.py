@@ -18,7 +18,7 @@ from dinocomp.callbacks import OnlineEvaluation
 from dinocomp.callbacks.evaluation import Measures
 from dinocomp.checkpoints.folder import BEST_TEACHER, TEACHER
 from dinocomp.config import load_config
-from dinocomp.evaluate.online import Evaluated, read_evaluations, write_evaluations
+from dinocomp.evaluate.online import Evaluated, pixels_of, read_evaluations, scores_of, write_evaluations
 from dinocomp.interop import read_about, read_teacher
 from dinocomp.train import main
 
@@ -52,7 +52,11 @@ def test_training_does_not_notice(tmp_path: Path, capsys: pytest.CaptureFixture)
     best = max(found.values(), key=lambda evaluated: evaluated.score)
     assert int(read_about(tmp_path / "with" / BEST_TEACHER)["iteration"]) == best.iteration
     assert (tmp_path / "with/pictures/iteration-00000004/pca.png").exists()
-    assert "k-NN accuracy on 50 held-out images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "k-NN accuracy on 50 held-out images" in said
+    pixels = found[0].pixels[5]
+    assert pixels > 0.8 and not found[4].pixels and f"; of raw pixels (16 x 16): k=5 {pixels:.1%}" in said
+    assert f"; raw pixels {pixels:.1%}\n" in said, "and in the summary"
 
 
 def test_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -97,10 +101,15 @@ def evaluation_of(folder: Path, clock: Clock, accuracies: Iterator[float], **set
         return write
 
     model = SimpleNamespace(shells=lambda role: {"backbone": None})
-    defaults = {"period": 5, "at_start": False, "budget": 1.0}
+
+    def pixels(backbone: object) -> dict[int, float]:
+        clock.now += 90
+        return {5: 0.95}
+
+    defaults = {"period": 5, "iterations": 10**6, "at_start": False, "budget": 1.0, "remedy": "change something"}
     return OnlineEvaluation(
         model,
-        Measures(knn=knn),
+        Measures(knn=knn, pixels=pixels),
         folder=folder,
         export_teacher=export,
         stop=SimpleNamespace(requested=False),
@@ -108,8 +117,10 @@ def evaluation_of(folder: Path, clock: Clock, accuracies: Iterator[float], **set
     )
 
 
-def run(evaluation: OnlineEvaluation, clock: Clock, start: int, end: int) -> None:
-    logger = SimpleNamespace(log_metrics=lambda metrics: None)
+def run(evaluation: OnlineEvaluation, clock: Clock, start: int, end: int) -> dict[str, float]:
+    """The metrics that were logged."""
+    logged: dict[str, float] = {}
+    logger = SimpleNamespace(log_metrics=lambda metrics: logged.update(metrics))
 
     def event(name: str, iteration: int) -> None:
         state = SimpleNamespace(timestamp=SimpleNamespace(batch=iteration))
@@ -120,6 +131,7 @@ def run(evaluation: OnlineEvaluation, clock: Clock, start: int, end: int) -> Non
         clock.now += 1
         event("batch_end", iteration)
     event("fit_end", end)
+    return logged
 
 
 def test_the_budget_is_kept(tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,10 +168,15 @@ def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "evaluation.jsonl"
     assert read_evaluations(path) == {}
     found = {3: Evaluated(3, {10: 0.5, 20: 0.25}, {"rankme": 7.5}, 1.25), 9: Evaluated(9, {}, {"rankme": 8.0}, 2.0)}
+    found[0] = Evaluated(0, {10: 0.25}, {}, 0.5, {10: 0.75, 20: 0.5})
     write_evaluations(path, found)
+    first = json.loads(path.read_text().splitlines()[0])
+    assert first == {"iteration": 0, "knn_top1": {"10": 0.25}, "pixels_top1": {"10": 0.75, "20": 0.5}, "seconds": 0.5}
     assert read_evaluations(path) == found and found[3].score == 0.5 and found[9].score == -1
     path.write_text(path.read_text()[:-20])  # cut short
-    assert read_evaluations(path) == {3: found[3]}
+    assert read_evaluations(path) == {0: found[0], 3: found[3]}
+    assert pixels_of(found, 20) == 0.5 and pixels_of(found, 5) is None
+    assert scores_of(found, 10) == [(0, 0.25), (3, 0.5)]
 
 
 def test_classes_are_matched_by_name(tmp_path: Path) -> None:
@@ -198,3 +215,35 @@ def test_only_accuracies_of_the_same_k_are_compared(tmp_path: Path, clock: Clock
     write_evaluations(tmp_path / "evaluation.jsonl", {5: Evaluated(5, {20: 0.9})})
     run(evaluation_of(tmp_path, clock, iter([0.4])), clock, 6, 9)
     assert (tmp_path / BEST_TEACHER).read_text() == "9"
+
+
+def test_a_decline_is_said_when_it_is_new(tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, again where it grows, and not again by a process that goes on; raw pixels are measured once."""
+
+    def told() -> list[str]:
+        found = [message for message in caplog.messages if message.startswith("iteration ")]
+        caplog.clear()
+        return found
+
+    scores = iter([0.5, 0.505, 0.505, 0.8, 0.7, 0.695])
+    evaluation = evaluation_of(tmp_path, clock, scores, at_start=True, iterations=40)
+    assert run(evaluation, clock, 0, 25)["knn/pixels_k5"] == 0.95
+    assert told() == [
+        "iteration 10: k-NN accuracy of 50.5 % is no better than before training (50.0 %) -> change something",
+        "iteration 20: k-NN accuracy fell from 80.0 % (iteration 15) to 70.0 %; k-NN accuracy of 70.0 % is no better "
+        "than that of raw pixels (95.0 %) -> the better teacher is in best_teacher.safetensors; change something",
+    ]
+    evaluation = evaluation_of(tmp_path, clock, iter([0.69, 0.6, 0.6]), at_start=True, iterations=40)
+    assert "knn/pixels_k5" not in run(evaluation, clock, 25, 40)
+    assert evaluation.found[0].pixels == {5: 0.95} and evaluation.took == 10
+    assert told() == [
+        "iteration 35: k-NN accuracy fell from 80.0 % (iteration 15) to 60.0 % -> the better teacher is in "
+        "best_teacher.safetensors; change something"
+    ]
+
+
+def test_raw_pixels_do_not_count_for_the_budget(tmp_path: Path, clock: Clock) -> None:
+    """They take 90 s, once, and the evaluation 10 s: at a half, the next may come 10 s later."""
+    evaluation = evaluation_of(tmp_path, clock, iter([0.5] * 9), at_start=True, budget=0.5)
+    run(evaluation, clock, 0, 10)
+    assert sorted(evaluation.found) == [0, 10] and evaluation.found[0].seconds == 10

@@ -6,7 +6,7 @@ import pytest
 
 from dinocomp.config import Config, load_config
 from dinocomp.config import derive as d
-from dinocomp.config.advice import warnings
+from dinocomp.config.advice import warnings, when_features_do_not_improve
 from dinocomp.config.auto import Facts
 from dinocomp.config.derive import HeadSize
 from dinocomp.errors import ConfigError
@@ -157,7 +157,9 @@ def test_a_sound_run_is_not_warned_about() -> None:
     going_on = load_config("quickstart", ["recipes=[from_pretrained]", "student.pretrained_weights=a"]).config
     assert not any("start" in advice.what for advice in warnings(going_on, 1, 100_000))
     assert warnings(load_config("quickstart").config, 1, 1437) == []
-    few = load_config("vits16", ["recipes=[small_data]", "train.batch_size_per_gpu=64", "optim.epochs=10"], Facts(5_679, 64)).config
+    few = load_config(
+        "vits16", ["recipes=[small_data]", "train.batch_size_per_gpu=64", "optim.epochs=10"], Facts(5_679, 64)
+    ).config
     assert warnings(few, 1, 5_679) == []
 
 
@@ -197,3 +199,30 @@ def test_settings_known_to_fail_are_warned_about(words: list[str], size: int | N
     assert remedy in found[0].remedy
     sound = load_config("vitl16_short").config
     assert not any(what in advice.what for advice in warnings(sound, 32, 1_281_167))
+
+
+SMALL = ("train.centering=sinkhorn_knopp", "student.layerscale=null", "student.pos_embed_std=0.5")
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ((), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
+        (SMALL, "optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "optim.lr=0.001"), "optim.lr=0.0005 (half of it)"),
+        ((*SMALL, "train.centering=centering"), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.layerscale=1e-5"), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.layerscale=0.1"), "optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.layerscale=0"), "optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.pos_embed_std=0.02"), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "dino.koleo_loss_weight=0"), "dino.koleo_loss_weight=0.1, optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "dino.koleo_loss_weight=0", "performance.precision=fp16"), "optim.base_lr=0.002 (half of it)"),
+        (("student.pretrained_weights=a",), "recipes=[sinkhorn], optim.base_lr=0.002 (half of it)"),
+        (("MODEL.WEIGHTS=a", SMALL[0]), "optim.base_lr=0.002 (half of it)"),
+    ],
+)
+def test_what_to_change_where_features_do_not_improve(words: tuple[str, ...], advice: str) -> None:
+    """Only what is not so already."""
+    given = {word.partition("=")[0]: word for word in words}  # the last one counts
+    found = when_features_do_not_improve(made(*given.values()))
+    assert found == f"try in a new train.output_dir, one after the other: {advice}"

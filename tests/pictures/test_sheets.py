@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from dinocomp.pictures import batch_picture, curves_picture, read_lines, write_png
@@ -80,6 +81,20 @@ def test_curves() -> None:
     whole = curves_picture(lines(10), evaluation)
     assert whole.width == 780 and curves_picture(lines(2000), []).height < whole.height - 600
     assert curves_picture([], []).width == 780 and curves_picture([], evaluation[:1]).width == 780
+
+
+def test_raw_pixels_are_a_level_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = [
+        {"iteration": 0, "knn_top1": {"10": 0.5, "20": 0.4}, "pixels_top1": {"10": 0.9, "20": 0.8}},
+        {"iteration": 10, "knn_top1": {"10": 0.6, "20": 0.5}},
+    ]
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **how: drawn.append((x, y, how)) or plot(self, x, y, **how))
+    curves_picture([], evaluation)
+    (x, y, how), *others = [each for each in drawn if each[2]["linestyle"] == "--"]
+    assert not others and how["label"] == "raw pixels (k=10)" and x.tolist() == [0, 10] and y.tolist() == [90, 90]
+    assert {how["label"] for _, _, how in drawn} == {"k=10", "k=20", "raw pixels (k=10)"}
 
 
 def test_lines_that_were_cut_short_are_left_out(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def write_run(
     *,
     lines: list[dict[str, Any]] | None = None,
     knn: dict[int, float] | None = None,
+    pixels: float | None = None,
     status: str | None = "finished",
     pictures: tuple[int, ...] = (),
     warnings: tuple[str, ...] = (),
@@ -52,6 +53,7 @@ def write_run(
 
     Args:
         knn: accuracy by iteration.
+        pixels: accuracy of raw pixels, measured at iteration 0.
         status: None for a run without run.json.
         pictures: iterations that have them.
         words: `key=value`, of its configuration.
@@ -66,6 +68,8 @@ def write_run(
         {"iteration": i, "knn_top1": {"10": value, "20": value - 0.01}, "label_free": {"rankme": 20 + i / 100}}
         for i, value in knn.items()
     ]
+    if pixels is not None:
+        evaluations[0]["pixels_top1"] = {"10": pixels, "20": pixels - 0.01}
     (folder / "evaluation.jsonl").write_text("".join(json.dumps(each) + "\n" for each in evaluations))
     (folder / "train.log").write_text(
         "".join(f"2026-01-02 03:04:{i % 60:02d},000 warning: {text}\n" for i, text in enumerate(warnings))

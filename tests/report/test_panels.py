@@ -44,6 +44,25 @@ def test_votes_are_in_order_of_size() -> None:
     assert [curve.label for curve in charts_of({}, evaluations)[0].curves] == ["k = 5", "k = 20", "k = 100"]
 
 
+def test_raw_pixels_are_a_level_line() -> None:
+    """Of the first k, over all iterations; not in a comparison."""
+    evaluations = {
+        "iteration": np.array([0.0, 500.0, 1000.0]),
+        "knn_top1/10": np.array([0.5, 0.6, 0.7]),
+        "pixels_top1/10": np.array([0.9, math.nan, math.nan]),
+        "pixels_top1/20": np.array([0.8, math.nan, math.nan]),
+    }
+    (chart,) = charts_of({}, evaluations)
+    score, pixels = chart.curves
+    assert pixels.label == "raw pixels (k = 10)" and pixels.baseline and not score.baseline
+    assert pixels.x.tolist() == [0, 1000] and pixels.y.tolist() == [0.9, 0.9]
+    drawn = json.loads(Sheet([chart]).to_json())["charts"]["knn"]["curves"]
+    assert [curve.get("baseline", False) for curve in drawn] == [False, True]
+    assert [chart.title for chart in charts_together([("a", {}, evaluations)])] == ["k-NN accuracy: k = 10"]
+    del evaluations["pixels_top1/10"], evaluations["pixels_top1/20"]
+    assert len(charts_of({}, evaluations)[0].curves) == 1
+
+
 def test_runs_share_charts_and_keep_their_colours() -> None:
     one, two = table([line(10), line(20)]), table([line(10), line(20)])
     del one["loss/ibot"]

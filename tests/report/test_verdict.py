@@ -34,8 +34,13 @@ def test_a_healthy_run(tmp_path: Path) -> None:
         ({"lines": [line(900, teacher__prototypes_dino=1.2)]}, "bad", "1.2 of 128. This looks like collapse."),
         ({"lines": [line(900, teacher__prototypes_dino=2.5)]}, "watch", "2.5 of 128. This is near collapse."),
         ({"lines": [line(900, teacher__entropy_dino=4.8519)]}, "bad", "Entropy of the targets (dino)"),
-        ({"knn": {0: 0.5, 500: 0.9, 1000: 0.7}}, "watch", "k-NN accuracy was 90.0 % at iteration 500, is 70.0 % now."),
-        ({"knn": {0: 0.5, 1000: 0.4}}, "watch", "k-NN accuracy was 50.0 %"),
+        ({"knn": {0: 0.5, 500: 0.9, 1000: 0.7}}, "watch", "k-NN accuracy fell from 90.0 % (iteration 500) to 70.0 %."),
+        ({"knn": {0: 0.5, 500: 0.9, 1000: 0.7}}, "note", "k-NN accuracy: 50.0 % before training, 70.0 % now."),
+        ({"knn": {0: 0.5, 500: 0.9, 1000: 0.89}}, "good", "k-NN accuracy: 50.0 % before training, 89.0 % now."),
+        ({"knn": {0: 0.5, 1000: 0.4}}, "watch", "k-NN accuracy fell from 50.0 % (iteration 0)"),
+        ({"knn": {0: 0.5, 1000: 0.5}}, "watch", "50.0 % is no better than before training (50.0 %)."),
+        ({"pixels": 0.9}, "watch", "k-NN accuracy of 85.0 % is no better than that of raw pixels (90.0 %)."),
+        ({"pixels": 0.4}, "good", "k-NN accuracy: 50.0 % before training, 85.0 % now; raw pixels 40.0 %."),
         ({"knn": {}, "evaluation": None}, "note", "No k-NN accuracy is measured"),
         ({"lines": [line(i, data_wait=0.3) for i in (1, 2, 3)]}, "watch", "Data wait 30.0 %: training stands still"),
         ({"lines": [line(i, data_wait=0.05) for i in (1, 2, 3)]}, "note", "Data wait 5.0 %"),
@@ -69,3 +74,13 @@ def test_knn_of_the_first_k(tmp_path: Path) -> None:
     knn = knn_of(read_run(write_run(tmp_path / "run", knn={0: 0.5, 500: 0.9, 1000: 0.8})).evaluations)
     assert (knn.k, knn.first, knn.last, knn.best, knn.best_iteration) == (10, 0.5, 0.8, 0.9, 500)
     assert knn_of({}) is None
+
+
+def test_what_to_do_about_a_decline(tmp_path: Path) -> None:
+    """What the log says, from the run's own settings."""
+    words = ("optim.base_lr=0.008", "train.centering=centering")
+    first, *_ = verdicts(read_run(write_run(tmp_path / "run", knn={0: 0.5, 500: 0.9, 1000: 0.7}, words=words)))
+    assert first.remedy == (
+        "The better teacher is kept in evaluation/iteration-00000500. Try in a new train.output_dir, one after the "
+        "other: recipes=[small_data], optim.base_lr=0.004 (half of it)."
+    )
