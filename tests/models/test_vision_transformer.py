@@ -108,6 +108,18 @@ def test_initial_weights() -> None:
     assert bound * 0.95 < model.patch_embed.proj.weight.abs().max() <= bound
 
 
+def test_position_embeddings_may_start_larger() -> None:
+    """Those of patches alone; the draws are the same, and so is every other weight."""
+    torch.manual_seed(0)
+    usual = tiny(embed_dim=192).state_dict()
+    torch.manual_seed(0)
+    larger = tiny(embed_dim=192, pos_embed_std=0.5).state_dict()
+    torch.testing.assert_close(larger["pos_embed"][:, 1:], usual["pos_embed"][:, 1:] * 25)
+    assert larger["pos_embed"][:, 1:].std() == pytest.approx(0.5, rel=0.1)
+    torch.testing.assert_close(larger["pos_embed"][:, :1], usual["pos_embed"][:, :1])
+    assert all(torch.equal(larger[name], usual[name]) for name in usual if name != "pos_embed")
+
+
 def test_the_keys_bias_is_without_effect_and_without_gradient() -> None:
     """Adding it, as torch's own layer does, changes the output by rounding alone."""
     model, image = tiny().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
