@@ -72,7 +72,7 @@ def choose(config: Config, keys: Collection[str], facts: Facts) -> tuple[Config,
 def _images(facts: Facts) -> tuple[int, str]:
     """How many images a rule goes by, and how it speaks of them."""
     if facts.images is None:
-        return ASSUMED_IMAGES, f"as for {ASSUMED_IMAGES:,} images, which are not counted yet"
+        return ASSUMED_IMAGES, f"as for {ASSUMED_IMAGES:,} images, which are not counted yet (--images N)"
     return facts.images, f"{facts.images:,} images"
 
 

@@ -197,6 +197,21 @@ def test_plan_works_before_the_images_are_there(
     assert "not counted\n" in describe(load_config("quickstart"), 1, None, {})
 
 
+def test_plan_chooses_by_the_images_or_by_a_number_of_them(
+    other_rooms: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "vits16", "recipes=[small_data]"]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert "one for 16 of 50,000 images" in text and "images of 64 px" in text
+    other_rooms["count"] = DataError("no folder x")
+    assert cli.main([*words, "--images", "20000"]) == 0
+    text = capsys.readouterr().out
+    assert "one for 16 of 20,000 images" in text and "for none has been seen yet" in text
+    assert cli.main(words) == 0
+    assert "as for 100,000 images, which are not counted yet (--images N)" in capsys.readouterr().out
+
+
 def test_shipped_quickstart_and_small_numbers_read_well() -> None:
     text = describe(load_config("quickstart", ["checkpoint.max_to_keep=0", "optim.lr=0.1"]), 1, 1437, {"backbone": 1})
     assert "all are kept" in text and "optim.lr as it stands" in text
