@@ -17,7 +17,7 @@ import pytest
 
 from dinocomp.data import decode_rgb
 from dinocomp.data.convert import convert
-from dinocomp.data.shards import count_images, evaluation_pair, open_images
+from dinocomp.data.shards import Survey, count_images, evaluation_pair, open_images, survey_images
 from dinocomp.errors import DataError
 
 from ..helpers import launch, until, words, yaml_of_nothing
@@ -68,10 +68,14 @@ def later(seconds: float, action: Callable[[], None]) -> None:
 
 def test_remote(store: Store, remote: Path, cache: str) -> None:
     assert count_images(ADDRESS, cache) is None
+    assert survey_images(ADDRESS, fetch=False, cache_dir=cache) == Survey(None, None)
     images = open_images(ADDRESS, cache_dir=cache)
     assert images.remote and len(images) == 10 == count_images(ADDRESS, cache)
+    assert survey_images(ADDRESS, fetch=False, cache_dir=cache) == Survey(10, None)
     assert images.labelled and [entry.id for entry in images.classes] == ["n1", "n2"]
     assert not store.fetched()  # nothing is fetched before it is needed
+    survey = survey_images(ADDRESS, cache_dir=cache)
+    assert survey.images == 10 and survey.side
     assert keys(images) == sorted(NAMES) and decode_rgb(images[0].image).shape == (3, 16, 20)
     assert [len(part) for part in evaluation_pair(ADDRESS, cache_dir=cache)] == [10, 2]
     assert keys(open_images(f"{ADDRESS}/val", cache_dir=cache)) == ["n1/n1_8.png", "n2/n2_9.png"]

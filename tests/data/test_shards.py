@@ -1,14 +1,16 @@
 import multiprocessing
 import pickle
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dinocomp.data import CropSettings, MaskSettings, training_loader
 from dinocomp.data.address import default_cache
 from dinocomp.data.convert import convert
-from dinocomp.data.shards import count_images, ensure_shards, evaluation_pair, open_images
+from dinocomp.data.shards import Survey, count_images, ensure_shards, evaluation_pair, open_images, survey_images
 from dinocomp.errors import DataError
 
 from .conftest import NAMES, keys
@@ -42,6 +44,26 @@ def test_plain_folder_is_converted_once(layout: Path, cache: str, capsys, png) -
     assert len(second) == 11 and len(first) == 10 and first[3].image  # the old shards are still there to be read
     (layout / "train" / "n1" / "new.png").write_bytes(b"")
     assert len(open_images(folder, cache_dir=cache)) == 10 == count_images(folder, cache)  # unreadable: not counted
+
+
+def test_a_survey_counts_and_measures_without_converting(
+    layout: Path, shards: Path, cache: str, tmp_path: Path, png
+) -> None:
+    folder = layout / "train"
+    survey = survey_images(str(folder), cache_dir=cache)
+    assert survey.images == 10 and not Path(cache).exists()
+    assert survey == survey_images(str(shards), cache_dir=cache), "shards say the same"
+    for number in range(30):
+        Image.new("RGB", (90, 50 + number % 2)).save(folder / "n1" / f"larger{number}.png")
+    (folder / "n1" / "damaged.png").write_bytes(b"no picture")
+    assert survey_images(str(folder), cache_dir=cache) == Survey(41, 50)
+    assert survey_images("digits", cache_dir=cache) == Survey(1438, 8)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(folder, "images")
+    assert survey_images(str(tmp_path / "a.tar"), cache_dir=cache) == Survey(41, None), "a tar may be compressed"
+    assert not Path(cache).exists()
+    with pytest.raises(DataError):
+        survey_images(str(tmp_path / "nothing"), cache_dir=cache)
 
 
 def test_layout_is_converted_split_by_split(layout: Path, cache: str) -> None:
