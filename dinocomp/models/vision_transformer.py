@@ -43,7 +43,7 @@ class VisionTransformer(nn.Module):
         qkv_bias, proj_bias, ffn_bias: whether these linear layers have a bias.
         ffn_layer: mlp, swiglu, swiglufused (the same) or identity.
         init_values: start of LayerScale; 0 or None for none.
-        pos_embed_std: standard deviation that the patches' position embeddings start with. Beside projected patches,
+        pos_embed_std: standard deviation that position embeddings start with. Beside projected patches,
             whose numbers start at about 0.6, the usual 0.02 is next to nothing: the network begins as one that sees a
             bag of patches, and takes a long run to find out where they are.
         drop_path_rate: share of sequences that a branch skips while training; see `Block`.
@@ -122,8 +122,8 @@ class VisionTransformer(nn.Module):
         """(Re)draws every weight from the global generator. The patch projection keeps a convolution's default."""
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        with torch.no_grad():  # of patches; a class token that began large would look the same for all images
-            self.pos_embed[:, 1:] *= self.pos_embed_std / 0.02
+        with torch.no_grad():
+            self.pos_embed *= self.pos_embed_std / 0.02
         nn.init.zeros_(self.mask_token)
         if self.num_register_tokens:
             nn.init.normal_(self.register_tokens, std=1e-6)
