@@ -141,20 +141,6 @@ def _local_number(config: Config, facts: Facts) -> tuple[int, str]:
     return _reference("crops.local_crops_number", f"{patches} patches each")
 
 
-def _global_scale(config: Config, facts: Facts) -> tuple[tuple[float, float], str]:
-    images, said = _images(facts)
-    if images >= _MANY:
-        return _reference("crops.global_crops_scale", said)
-    return (0.5, 1.0), f"crops that still show most of the image, for {said}"
-
-
-def _local_scale(config: Config, facts: Facts) -> tuple[tuple[float, float], str]:
-    least = config.crops.global_crops_scale[0]
-    if least <= 0.32:
-        return _reference("crops.local_crops_scale", f"below global crops from {least:g} on")
-    return (0.2, least), f"below global crops from {least:g} on, and never so small that nothing is on them"
-
-
 RULES: dict[str, Rule] = {
     "dino.head_n_prototypes": _prototypes,
     "ibot.head_n_prototypes": _prototypes,
@@ -166,6 +152,4 @@ RULES: dict[str, Rule] = {
     "crops.global_crops_size": _global_size,
     "crops.local_crops_size": _local_size,
     "crops.local_crops_number": _local_number,
-    "crops.global_crops_scale": _global_scale,
-    "crops.local_crops_scale": _local_scale,
 }

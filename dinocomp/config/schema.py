@@ -243,11 +243,11 @@ class Optim:
 @dataclass(frozen=True)
 class Crops:
     global_crops_scale: tuple[float, float] = key(
-        (0.32, 1.0), "area of a global crop (fractions of the image)", above=0, maximum=1, auto=True
+        (0.32, 1.0), "area of a global crop (fractions of the image)", above=0, maximum=1
     )
     local_crops_number: int = key(8, "local crops of each image (0 = none)", minimum=0, auto=True)
     local_crops_scale: tuple[float, float] = key(
-        (0.05, 0.32), "area of a local crop (fractions of the image)", above=0, maximum=1, auto=True
+        (0.05, 0.32), "area of a local crop (fractions of the image)", above=0, maximum=1
     )
     global_crops_size: int = key(224, "side of a global crop (pixels)", minimum=1, auto=True)
     local_crops_size: int = key(96, "side of a local crop (pixels)", minimum=1, auto=True)

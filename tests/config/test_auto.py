@@ -71,9 +71,14 @@ def test_a_run_that_goes_on_keeps_what_it_began_with() -> None:
 
 
 def test_rules_see_what_was_chosen_before_them() -> None:
-    config, found = choose(Config(), ["crops.local_crops_scale", "crops.global_crops_scale"], Facts(5_679))
-    assert config.crops.local_crops_scale[1] == config.crops.global_crops_scale[0] > 0.32
-    assert [choice.key for choice in found] == ["crops.global_crops_scale", "crops.local_crops_scale"]
+    keys = ["crops.local_crops_number", "crops.local_crops_size", "crops.global_crops_size"]
+    config, found = choose(Config(), keys, Facts(5_679, 64))
+    assert [choice.key for choice in found] == keys[::-1]
+    assert (config.crops.global_crops_size, config.crops.local_crops_size, config.crops.local_crops_number) == (
+        64,
+        32,
+        4,
+    )
 
 
 @pytest.mark.parametrize("word", ["student.depth=auto", "dino.head_n_prototypes=automatic", "crops.aspect_ratio=auto"])
