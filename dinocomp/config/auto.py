@@ -137,7 +137,7 @@ def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
 def _local_number(config: Config, facts: Facts) -> tuple[int, str]:
     patches = (config.crops.local_crops_size // config.student.patch_size) ** 2
     if patches < 16:
-        return 4, f"{patches} patches each, which say little"
+        return 2, f"{patches} patches each, of which more say little and cost as much"
     return _reference("crops.local_crops_number", f"{patches} patches each")
 
 

@@ -57,9 +57,9 @@ def test_crops_are_as_large_as_images() -> None:
 
     assert sizes(400, 16) == sizes(None, 16) == (224, 96, 8)
     assert sizes(400, 14) == (224, 98, 8)
-    assert sizes(64, 8) == (64, 24, 4)
-    assert sizes(60, 8) == (64, 24, 4), "whole patches"
-    assert sizes(8, 4) == (16, 8, 4), "some patches, however small the image"
+    assert sizes(64, 8) == (64, 24, 2)
+    assert sizes(60, 8) == (64, 24, 2), "whole patches"
+    assert sizes(8, 4) == (16, 8, 2), "some patches, however small the image"
 
 
 def test_a_run_that_goes_on_keeps_what_it_began_with() -> None:
