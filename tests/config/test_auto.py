@@ -77,7 +77,7 @@ def test_rules_see_what_was_chosen_before_them() -> None:
     assert (config.crops.global_crops_size, config.crops.local_crops_size, config.crops.local_crops_number) == (
         64,
         32,
-        4,
+        2,
     )
 
 
