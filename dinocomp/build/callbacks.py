@@ -142,7 +142,7 @@ def build_callbacks(
             budget=config.evaluation.budget,
             export_teacher=export_teacher,
             stop=stop,
-            remedy=when_features_do_not_improve(config),
+            remedy=when_features_do_not_improve(config, (facts or {}).get("data", {}).get("images")),
         ),
         checkpoints=Checkpoints(
             output / "checkpoints",

@@ -16,7 +16,8 @@ from dinocomp.config.derive import (
 )
 from dinocomp.config.schema import Config
 
-FEW_IMAGES = 100_000
+_FEW_IMAGES = 100_000  # below which a run that begins as the reference's is warned
+_SMALL_DATA = 200_000  # images up to which the recipe small_data is meant
 _SECTIONS = {"dino_head": "dino", "ibot_head": "ibot"}
 # From where on a short run feels them: blocks that contribute from the first step, positions beside patches.
 _FELT_LAYERSCALE, _FELT_POSITIONS = 0.1, 0.1
@@ -43,14 +44,18 @@ def warnings(config: Config, world_size: int, dataset_size: int | None) -> list[
     return found
 
 
-def when_features_do_not_improve(config: Config) -> str:
-    """What to change, and is not set already, where the teacher's k-NN accuracy falls or stays low. One line."""
+def when_features_do_not_improve(config: Config, dataset_size: int | None = None) -> str:
+    """What to change, and is not set already, where the teacher's k-NN accuracy falls or stays low. One line.
+
+    Args:
+        dataset_size: training images; None where that is not known.
+    """
     student, rate = config.student, "optim.lr" if config.optim.lr > 0 else "optim.base_lr"
     centred = config.train.centering == "centering"
     words = []
     if config.MODEL.WEIGHTS or student.pretrained_weights:  # how a network starts is settled
         words += ["recipes=[sinkhorn]"] if centred else []
-    elif centred or _starts_as_the_reference(config):
+    elif (dataset_size or 0) <= _SMALL_DATA and (centred or _starts_as_the_reference(config)):
         words.append("recipes=[small_data]")
     lone, fp16 = config.train.batch_size_per_gpu == 1, precision(config, on_gpu=True) == "fp16"
     if config.dino.koleo_loss_weight == 0 and not lone and not fp16:
@@ -220,7 +225,7 @@ def _dataset(config: Config, world_size: int, dataset_size: int) -> Iterator[Adv
             f"type train.batch_size_per_gpu={max(dataset_size // (2 * world_size), 1)} or less",
         )
     from_weights = config.MODEL.WEIGHTS or config.student.pretrained_weights
-    if dataset_size < FEW_IMAGES and not from_weights and _starts_as_the_reference(config):
+    if dataset_size < _FEW_IMAGES and not from_weights and _starts_as_the_reference(config):
         yield Advice(
             f"{dataset_size:,} images are few: the reference's recipe is for a million and more, and on few its "
             "features often end up worse than raw pixels",
