@@ -49,6 +49,13 @@ def test_a_word_of_the_command_line_stands_against_the_recipe() -> None:
     assert load_config("vits16", SMALL).config.dino.head_n_prototypes == prototypes_for(ASSUMED_IMAGES)
 
 
+def test_the_quickstart_is_what_the_recipe_makes_of_it() -> None:
+    written_out = load_config("quickstart").config
+    words = ["recipes=[small_data]", "ibot.head_n_prototypes=65536"]  # of a head that it has not
+    assert load_config("quickstart", words, Facts(1_438, 8)).config == written_out
+    assert load_config("quickstart", words, Facts(5_679, 64)).config != written_out
+
+
 def test_crops_are_as_large_as_images() -> None:
     def sizes(side: int | None, patch: int) -> tuple[int, int, int]:
         words = ["crops.global_crops_size=auto", "crops.local_crops_size=auto", "crops.local_crops_number=auto"]
