@@ -1,0 +1,106 @@
+"""The table of small sets, the rows it is made of, and the folders that are made from packages."""
+
+import gzip
+import io
+import json
+import struct
+import tarfile
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import small_data, small_sets
+from dinocomp.config import load_config
+from dinocomp.config.auto import Facts
+from dinocomp.data.listing import list_images
+
+
+@pytest.mark.parametrize("name", small_data.SETS)
+def test_every_row_is_a_run_and_no_two_are_alike(name: str) -> None:
+    path = str(Path(small_data.__file__).parent / "small_data" / f"{name}.yaml")
+    sizes = small_data.SIZES.get(name, "").split()
+    made = [load_config(path, [*row.split(), *sizes], Facts(5_679, 64)).config for row in small_data.ROWS.values()]
+    assert all(one != other for one, other in combinations(made, 2))
+
+
+def record(name: str, row: str, seed: int, *accuracies: float, pixels: float | None = None) -> dict:
+    knn = {str(125 * place): value for place, value in enumerate(accuracies)}
+    return {"set": name, "row": row, "seed": seed, "knn": knn, "pixels": pixels}
+
+
+def test_a_row_of_the_table_is_the_mean_of_its_seeds() -> None:
+    records = [
+        record("digits", "small_data", 0, 0.5, 0.9, 0.98, 0.96, 0.96, pixels=0.986),
+        record("digits", "small_data", 1, 0.6, 0.9, 0.94, 0.95, 0.98),
+        record("digits", "reference", 0, 0.5, 0.5, 0.5, 0.5, 0.6),
+        record("emoji", "no KoLeo", 0, 0.2, 0.2, 0.2, 0.2, 0.1),
+    ]
+    digits, emoji = small_data.table(records).split("\n\n**emoji**")
+    assert digits.splitlines() == [
+        "**digits**; raw pixels 98.6 %",
+        "",
+        "| row | start | half-way | end | seeds | largest fall |",
+        "|---|---|---|---|---|---|",
+        "| reference | 50.0 | 50.0 | 60.0 | one | 0.0 |",
+        "| small_data | 55.0 | 96.0 | 97.0 | 96.0..98.0 | 2.0 |",
+    ]
+    assert emoji.strip().splitlines()[-1] == "| no KoLeo | 20.0 | 20.0 | 10.0 | one | 10.0 |"
+
+
+def test_what_is_recorded_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, ran = tmp_path / "record.jsonl", []
+    path.write_text(json.dumps(record("digits", "reference", 0, 0.5)) + "\n")
+
+    def train(name: str, row: str, seed: int, data: str, more: list[str]) -> dict:
+        ran.append((name, row, seed, data, more))
+        return record(name, row, seed, 0.5, 0.75)
+
+    monkeypatch.setattr(small_data, "train", train)
+    rows = ["--rows", "reference", "small_data", "--seeds", "0", "1", "--jobs", "1"]
+    monkeypatch.setattr("sys.argv", ["x", "digits", *rows, "--record", str(path), "optim.epochs=1"])
+    small_data.main()
+    assert ran == [
+        ("digits", *job, "", ["optim.epochs=1"]) for job in (("small_data", 0), ("reference", 1), ("small_data", 1))
+    ]
+    assert [(line["row"], line["seed"]) for line in small_data.read(path)] == [("reference", 0), *(r[1:3] for r in ran)]
+
+
+def test_emoji_from_packages(tmp_path: Path) -> None:
+    """By subcategory, three styles to train on and one held out, on white, and without what a style lacks."""
+    listed = [{"image": "a.png", "subcategory": "Sky & weather"}, {"image": "b.png", "subcategory": "time"}]
+    for style in small_sets.STYLES:
+        with tarfile.open(tmp_path / f"emoji-datasource-{style}-16.0.0.tgz", "w:gz") as tar:
+            drawn = io.BytesIO()
+            Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(drawn, "PNG")
+            files = {"emoji.json": json.dumps(listed).encode(), f"img/{style}/64/a.png": drawn.getvalue()}
+            if style != "apple":
+                files[f"img/{style}/64/b.png"] = drawn.getvalue()
+            for name, content in files.items():
+                member = tarfile.TarInfo(f"package/{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    small_sets.emoji(tmp_path, tmp_path / "out")
+    found = [entry[0] for entry in list_images(tmp_path / "out")[0]]
+    assert found == [
+        *(f"train/sky-weather/{style}-a.png" for style in ("apple", "facebook", "google")),
+        *(f"train/time/{style}-b.png" for style in ("facebook", "google")),
+        *("val/sky-weather/twitter-a.png", "val/time/twitter-b.png"),
+    ]
+    assert Image.open(tmp_path / "out" / found[0]).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_fashion_from_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "usr/share/datasets/fashion-mnist"
+    folder.mkdir(parents=True)
+    pixels = np.arange(5 * 28 * 28).reshape(5, 28, 28).astype(np.uint8)
+    for part in ("train", "t10k"):
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", np.array([3, 0, 3, 9, 1], np.uint8))):
+            head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (folder / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    small_sets.fashion(tmp_path, tmp_path / "out", train=3, val=1)
+    found = [entry[0] for entry in list_images(tmp_path / "out")[0]]
+    assert found == ["train/0/00001.png", "train/3/00000.png", "train/3/00002.png", "val/3/00000.png"]
+    assert (np.asarray(Image.open(tmp_path / "out" / found[2])) == pixels[2]).all()
