@@ -76,6 +76,7 @@ def train(name: str, row: str, seed: int, data: str, more: Sequence[str]) -> dic
         "set": name,
         "row": row,
         "words": ROWS[row],
+        "more": list(more),
         "seed": seed,
         "knn": accuracy,
         "pixels": pixels,
@@ -129,7 +130,12 @@ def main() -> None:
         return
     if given.set is None:
         parser.error("name a set, or type --table")
-    recorded = {(record["set"], record["row"], record["seed"]) for record in read(given.record)}
+    found = read(given.record)
+    if other := [record["more"] for record in found if record["more"] != given.more and record["set"] == given.set]:
+        parser.error(
+            f"{given.record} holds runs with other settings ({' '.join(other[0]) or 'none'}): give another file"
+        )
+    recorded = {(record["set"], record["row"], record["seed"]) for record in found}
     wanted = [(row, seed) for seed in given.seeds for row in given.rows if (given.set, row, seed) not in recorded]
 
     def run(job: tuple[str, int]) -> None:

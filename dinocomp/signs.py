@@ -34,23 +34,29 @@ def signs_of_collapse(gauges: Mapping[str, float], prototypes: Mapping[str, int]
     return signs
 
 
-def signs_of_decline(scores: Sequence[Score], iterations: int, pixels: float | None = None) -> list[str]:
+def signs_of_decline(
+    scores: Sequence[Score], iterations: int, pixels: float | None = None, *, from_weights: bool = False
+) -> list[str]:
     """What k-NN accuracies say is wrong by the last of them, in words; nothing where all is well.
 
     Args:
         scores: of one k, in order. That of iteration 0 is what the run started from.
         iterations: of the whole run; 0 where that is not known.
         pixels: what raw pixels reach; None where that is not known.
+        from_weights: whether the run started from trained weights, which need not become better (or are frozen).
     """
-    return [*_fall(scores).values(), *_no_better(scores, iterations, pixels).values()] if scores else []
+    return [*_fall(scores).values(), *_no_better(scores, iterations, pixels, from_weights).values()] if scores else []
 
 
-def news_of_decline(scores: Sequence[Score], iterations: int, pixels: float | None = None) -> list[str]:
+def news_of_decline(
+    scores: Sequence[Score], iterations: int, pixels: float | None = None, *, from_weights: bool = False
+) -> list[str]:
     """The signs of decline that an evaluation is the first to show, or a fall that has grown by another point."""
     if not scores:
         return []
-    told = {sign for end in range(1, len(scores)) for sign in _no_better(scores[:end], iterations, pixels)}
-    new = [text for sign, text in _no_better(scores, iterations, pixels).items() if sign not in told]
+    ends = range(1, len(scores))
+    told = {sign for end in ends for sign in _no_better(scores[:end], iterations, pixels, from_weights)}
+    new = [text for sign, text in _no_better(scores, iterations, pixels, from_weights).items() if sign not in told]
     return [*(_fall(scores).values() if _has_deepened(scores) else ()), *new]
 
 
@@ -81,11 +87,12 @@ def _has_deepened(scores: Sequence[Score]) -> bool:
     return deepened
 
 
-def _no_better(scores: Sequence[Score], iterations: int, pixels: float | None) -> dict[str, str]:
+def _no_better(scores: Sequence[Score], iterations: int, pixels: float | None, from_weights: bool) -> dict[str, str]:
     (first, start), (iteration, last) = scores[0], scores[-1]
     found = {}
     from_start = _best(scores) == 0 and _fall(scores)  # says it, and more
-    if first == 0 and 0 < iterations <= 4 * iteration and last - start < A_POINT - _ROUNDING and not from_start:
+    late = first == 0 and 0 < iterations <= 4 * iteration
+    if late and last - start < A_POINT - _ROUNDING and not from_start and not from_weights:
         found["start"] = f"k-NN accuracy of {_percent(last)} is no better than before training ({_percent(start)})"
     if pixels is not None and 0 < iterations <= 2 * iteration and last <= pixels:
         found["pixels"] = f"k-NN accuracy of {_percent(last)} is no better than that of raw pixels ({_percent(pixels)})"

@@ -69,9 +69,11 @@ def train(arguments: Sequence[str]) -> int:
     if not gpu:
         _share_cores()
     join_processes(gpu)
+    found = None
     if loaded.chosen:
-        loaded = load_config(yaml, words, known_facts(loaded.config))
-    start = check_start(loaded.config)
+        facts, found = known_facts(loaded.config)
+        loaded = load_config(yaml, words, facts)
+    start = check_start(loaded.config, found)
     first = dist.get_global_rank() == 0
     if not first:
         logging.getLogger("dinocomp").addHandler(logging.NullHandler())  # rank 0 speaks for all

@@ -26,7 +26,8 @@ def draw(runs: dict[str, Path]) -> Figure:
         knn, loss, entropy, spread = axes[:, column]
         metrics, evaluations = lines(run / "metrics.jsonl"), lines(run / "evaluation.jsonl")
         config = yaml.safe_load((run / "config.yaml").read_text())
-        top = math.log(config["dino"]["head_n_prototypes"])
+        separate = config["ibot"]["separate_head"]
+        tops = {name: math.log(config[name if separate else "dino"]["head_n_prototypes"]) for name in ("dino", "ibot")}
         at = [line["iteration"] for line in metrics]
         scored = [(line["iteration"], *line["knn_top1"].values()) for line in evaluations if line.get("knn_top1")]
         knn.plot([score[0] for score in scored], [100 * score[1] for score in scored], "o-", color="tab:blue")
@@ -36,11 +37,13 @@ def draw(runs: dict[str, Path]) -> Figure:
                 knn.axhline(pixels, color="grey", linestyle="--", linewidth=1)
                 knn.annotate("raw pixels", (0, pixels), fontsize=7, color="grey", va="bottom")
         knn.set_title(title, fontsize=10)
-        dino = [line["loss/dino_global"] + line.get("loss/dino_local", 0.0) for line in metrics]
-        loss.plot(at, [value / config["dino"]["loss_weight"] / top for value in dino], color="tab:red")
+        if weight := config["dino"]["loss_weight"]:
+            values = [line["loss/dino_global"] + line.get("loss/dino_local", 0.0) for line in metrics]
+            loss.plot(at, [value / weight / tops["dino"] for value in values], color="tab:red")
         for name, colour in (("dino", "tab:red"), ("ibot", "tab:orange")):
-            values = [line[f"teacher/entropy_{name}"] / top for line in metrics]
-            entropy.plot(at, values, color=colour, label=f"{name} targets")
+            if config[name]["loss_weight"]:
+                values = [line[f"teacher/entropy_{name}"] / tops[name] for line in metrics]
+                entropy.plot(at, values, color=colour, label=f"{name} targets")
         spread.plot(at, [line["teacher/feature_std"] for line in metrics], color="tab:green")
         for axis in (loss, entropy, spread):
             axis.set_ylim(0, 1.1)

@@ -3,7 +3,8 @@
 Below it no configuration is passed: every constructor takes plain arguments.
 """
 
-from dinocomp.build.data import build_loader, crop_settings, known_facts, mask_settings
+from dinocomp.build.data import build_loader, crop_settings, mask_settings
+from dinocomp.build.facts import known_facts
 from dinocomp.build.loggers import build_loggers
 from dinocomp.build.machine import join_processes, on_gpu
 from dinocomp.build.memory import plan_memory

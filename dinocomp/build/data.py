@@ -1,21 +1,13 @@
 """What is shown to the networks, from a configuration."""
 
 import logging
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
-from dinocomp.checkpoints.folder import list_checkpoints
-from dinocomp.config import Config, derive, load_config
-from dinocomp.config.auto import Facts
-from dinocomp.config.keys import walk
-from dinocomp.data import CropSettings, FirstPhase, Images, MaskSettings, open_images, survey_images, training_loader
-from dinocomp.distributed import on_rank_0
-from dinocomp.errors import DataError
-from dinocomp.output import CONFIG
+from dinocomp.config import Config, derive
+from dinocomp.data import CropSettings, FirstPhase, Images, MaskSettings, open_images, training_loader
 
 log = logging.getLogger(__name__)
 
@@ -38,28 +30,6 @@ def training_images(config: Config) -> Images:
             "note: data.cache_limit=%s does nothing: these shards are read where they are", config.data.cache_limit
         )
     return images
-
-
-def known_facts(config: Config) -> Facts:
-    """What values given as `auto` are chosen by: those a run has begun with where it goes on, else its images.
-
-    All ranks must call it. Images that cannot be found are the matter of `check_start`: nothing is known of them here.
-    """
-
-    def begun() -> Mapping[str, Any] | None:
-        output = Path(config.train.output_dir).expanduser()
-        if config.checkpoint.resume == "never" or not list_checkpoints(output / "checkpoints"):
-            return None
-        earlier = output / CONFIG
-        return {key.name: key.default for key in walk(load_config(str(earlier)).config)} if earlier.is_file() else None
-
-    if settled := on_rank_0(begun):
-        return Facts(world_size=dist.get_world_size(), settled=settled)
-    try:
-        images, side = survey_images(config.train.dataset_path, **opening(config))
-    except DataError:
-        return Facts(world_size=dist.get_world_size())
-    return Facts(images, side, dist.get_world_size())
 
 
 def crop_settings(config: Config) -> CropSettings:

@@ -12,7 +12,7 @@ from dinocomp.build.compile import check_compiler
 from dinocomp.build.machine import check_attention, check_loggers, on_gpu
 from dinocomp.build.model import backbone_arguments, build_networks
 from dinocomp.build.parallel import choose_strategy
-from dinocomp.checkpoints.find import find_checkpoint
+from dinocomp.checkpoints.find import Found, find_checkpoint
 from dinocomp.checkpoints.folder import TEACHER, has_state
 from dinocomp.checkpoints.manifest import iteration_of, world_size_of
 from dinocomp.checkpoints.remote import RemoteFolder
@@ -69,10 +69,13 @@ class Start:
     distilled_from: str = ""
 
 
-def check_start(config: Config) -> Start:
+def check_start(config: Config, found: Found | None = None) -> Start:
     """Everything that can be refused before images are converted or files written. The process group must be up.
 
     What is known at once comes first, reading weights and listing images last.
+
+    Args:
+        found: the checkpoint to go on from, where it has been looked for already.
 
     Raises:
         DinocompError: the machine, the output folder, the images or a file of weights do not go with the configuration.
@@ -97,8 +100,8 @@ def check_start(config: Config) -> Start:
     )
     if count is not None:
         check_enough(config, count)
-    remote = _open_remote(config)
-    found = find_checkpoint(output / "checkpoints", config.checkpoint.resume, remote)
+    remote = open_remote(config)
+    found = found or find_checkpoint(output / "checkpoints", config.checkpoint.resume, remote)
     checkpoint = found.checkpoint
     iteration = iteration_of(checkpoint) if checkpoint else 0
     changed, notes = [], []
@@ -164,7 +167,7 @@ def _frozen_teacher_of(config: Config, checkpoint: Path | None) -> str:
     return on_rank_0(check)
 
 
-def _open_remote(config: Config) -> RemoteFolder | None:
+def open_remote(config: Config) -> RemoteFolder | None:
     """The object store for checkpoints, seen to work; on rank 0, elsewhere None.
 
     Raises:

@@ -68,6 +68,7 @@ class OnlineEvaluation(Callback):
         export_teacher: gives what writes the teacher, of an iteration, to a path; all ranks call it.
         stop: once it asks for the end, nothing is evaluated any more; the run that goes on makes up for it.
         remedy: what to change where features do not improve.
+        from_weights: whether the run started from trained weights.
 
     Attributes:
         found: iteration -> what was found, by this process and, from the file, by those before it.
@@ -86,6 +87,7 @@ class OnlineEvaluation(Callback):
         export_teacher: Callable[[], Callable[[Path, int], None]],
         stop: StopOnSignal,
         remedy: str = "",
+        from_weights: bool = False,
     ) -> None:
         self.model = model
         self.measures = measures
@@ -98,6 +100,7 @@ class OnlineEvaluation(Callback):
         self.export_teacher = export_teacher
         self.stop = stop
         self.remedy = remedy
+        self.from_weights = from_weights
         self.found = on_rank_0(lambda: read_evaluations(self.path))
         self.ended = time.monotonic()
         self.took = self.found[max(self.found)].seconds if self.found else 0.0  # the last evaluation
@@ -217,11 +220,13 @@ class OnlineEvaluation(Callback):
     def _warn(self, iteration: int, k: int) -> None:
         """Of what this evaluation is the first to show; what earlier processes of this run have told counts."""
         scores = scores_of(self.found, k)
-        signs = news_of_decline(scores, self.iterations, pixels_of(self.found, k))
+        pixels = pixels_of(self.found, k)
+        signs = news_of_decline(scores, self.iterations, pixels, from_weights=self.from_weights)
         if not signs:
             return
         remedy = self.remedy
-        if fell(scores) and (self.folder / BEST_TEACHER).exists():
+        trained = self.from_weights or max(scores, key=lambda score: score[1])[0] > 0
+        if fell(scores) and trained and (self.folder / BEST_TEACHER).exists():
             remedy = f"the better teacher is in {BEST_TEACHER}; {remedy}"
         log.warning("iteration %d: %s -> %s", iteration, "; ".join(signs), remedy)
 

@@ -38,12 +38,13 @@ def run(arguments: argparse.Namespace) -> None:
     from dinocomp.config.distil import frozen_teacher
     from dinocomp.data import Survey, survey_images
 
-    found, note = Survey(arguments.images, None), ""
+    found, note = Survey(None, None), ""
     try:
-        if arguments.images is None:
-            found = survey_images(loaded.config.train.dataset_path, fetch=False, cache_dir=loaded.config.data.cache_dir)
+        found = survey_images(loaded.config.train.dataset_path, fetch=False, cache_dir=loaded.config.data.cache_dir)
     except DinocompError as error:  # a plan is useful before the images are there
         note = str(error)
+    if arguments.images is not None:
+        found = found._replace(images=arguments.images)
     loaded = load_config(yaml, words, Facts(found.images, found.side, arguments.world_size))
     config = loaded.config
     limit = None if arguments.gpu_memory is None else arguments.gpu_memory * 1e9

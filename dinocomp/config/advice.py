@@ -60,7 +60,8 @@ def when_features_do_not_improve(config: Config, dataset_size: int | None = None
     lone, fp16 = config.train.batch_size_per_gpu == 1, precision(config, on_gpu=True) == "fp16"
     if config.dino.koleo_loss_weight == 0 and not lone and not fp16:
         words.append("dino.koleo_loss_weight=0.1")
-    words.append(f"{rate}={(config.optim.lr or config.optim.base_lr) / 2:.3g} (half of it)")
+    if half := (config.optim.lr or config.optim.base_lr) / 2:
+        words.append(f"{rate}={half:.3g} (half of it)")
     return f"try in a new train.output_dir, one after the other: {', '.join(words)}"
 
 
@@ -233,7 +234,7 @@ def _dataset(config: Config, world_size: int, dataset_size: int) -> Iterator[Adv
             "loss",
         )
     for name, head in heads.items():
-        if head.prototypes > dataset_size:
+        if head.prototypes > max(dataset_size, fitting):
             yield Advice(
                 f"{head.prototypes:,} prototypes in {name} are more than the {dataset_size:,} images",
                 f"type {_SECTIONS[name]}.head_n_prototypes={fitting}",

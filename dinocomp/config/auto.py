@@ -26,12 +26,14 @@ class Facts:
         side: the shorter side of a usual image (pixels); None where none has been seen.
         world_size: training processes.
         settled: values by key that the run has begun with; they are kept when it goes on.
+        reasons: by key, why they were chosen then.
     """
 
     images: int | None = None
     side: int | None = None
     world_size: int = 1
     settled: Mapping[str, Any] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def choose(config: Config, keys: Collection[str], facts: Facts) -> tuple[Config,
         if key not in keys:
             continue
         if key in facts.settled:
-            value, reason = facts.settled[key], "as this run began"
+            value, reason = facts.settled[key], facts.reasons.get(key, "as this run began")
         else:
             value, reason = rule(config, facts)
         config = with_values(config, {key: value})
@@ -93,26 +95,27 @@ def _prototypes(config: Config, facts: Facts) -> tuple[int, str]:
 def _momentum(config: Config, facts: Facts) -> tuple[float, str]:
     iterations = total_iterations(config)
     momentum = round(min(max(1 - 20 / iterations, 0.9), 0.992), 4)
-    return momentum, f"averages over {1 / (1 - momentum):.0f} iterations, a twentieth of {iterations:,} (0.9 to 0.992)"
+    return momentum, f"averages over {1 / (1 - momentum):.0f} iterations: a twentieth of {iterations:,}, from 10 to 125"
 
 
 def _teacher_temp(config: Config, facts: Facts) -> tuple[float, str]:
     images, said = _images(facts)
     if images >= _MANY:
         return _reference("teacher.teacher_temp", said)
-    return 0.04, f"sharp targets from start to end, for {said} (0.07 from {_MANY:,} images on)"
+    start = config.teacher.warmup_teacher_temp
+    return start, f"as at the start: sharp targets to the end, for {said} (0.07 from {_MANY:,} images on)"
 
 
 def _temp_warmup(config: Config, facts: Facts) -> tuple[int, str]:
     epochs = config.optim.epochs
     if config.teacher.teacher_temp == config.teacher.warmup_teacher_temp:
         return 0, "the temperature does not change"
-    return min(30, epochs * 3 // 10), f"three tenths of {epochs} official epochs, at most 30"
+    return min(30, -(-epochs * 3 // 10)), f"three tenths of {epochs} official epochs, at most 30"
 
 
 def _warmup(config: Config, facts: Facts) -> tuple[int, str]:
     epochs = config.optim.epochs
-    return min(10, epochs // 10), f"a tenth of {epochs} official epochs, at most 10"
+    return min(10, -(-epochs // 10)), f"a tenth of {epochs} official epochs, rounded up, at most 10"
 
 
 def _base_lr(config: Config, facts: Facts) -> tuple[float, str]:
@@ -124,9 +127,9 @@ def _base_lr(config: Config, facts: Facts) -> tuple[float, str]:
 def _global_size(config: Config, facts: Facts) -> tuple[int, str]:
     patch, side = config.student.patch_size, facts.side or ASSUMED_SIDE
     wanted = max(min(224, side), 4 * patch)
-    size = min(-(-wanted // patch) * patch, 224 // patch * patch) if patch <= 56 else 4 * patch
+    size = max(min(-(-wanted // patch) * patch, 224 // patch * patch), 4 * patch)
     seen = f"images of {side} px" if facts.side else f"as for images of {side} px, for none has been seen yet"
-    return size, f"{seen}, in whole patches of {patch} px, at least 4 x 4 of them and at most 224 px"
+    return size, f"{seen}, in whole patches of {patch} px: at most 224 px, but 4 x 4 patches at least"
 
 
 def _local_size(config: Config, facts: Facts) -> tuple[int, str]:

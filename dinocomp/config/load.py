@@ -72,7 +72,7 @@ def load_config(yaml: str | None, overrides: Sequence[str] = (), facts: Facts | 
         merge.add_recipe(name)
     merge.problems += words.problems
     merge.add_words(words)
-    config, chosen = merge.build(facts or Facts())
+    config, chosen = merge.build(facts)
     free = {choice.key for choice in chosen}
     config, taken = distil.follow(config, [name for name in merge.origin if name not in free])
     merge.origin |= dict.fromkeys(taken, "the file of teacher.distil_from")
@@ -201,8 +201,11 @@ class _Merge:
         else:
             self.problems.append(f"{name} = {value!r} ({label}): no such key.{suggest_key(name, all_keys())}")
 
-    def build(self, facts: Facts) -> tuple[Config, tuple[Choice, ...]]:
-        """Resolve interpolations and `auto`, check types, ranges and combinations; raise everything wrong at once."""
+    def build(self, facts: Facts | None) -> tuple[Config, tuple[Choice, ...]]:
+        """Resolve interpolations and `auto`, check types, ranges and combinations; raise everything wrong at once.
+
+        Without facts, nothing is said against combinations with values that are not chosen yet.
+        """
         auto: list[str] = []
         tree = OmegaConf.create(_nest(self.values))
         values: dict[str, Any] = {}
@@ -215,18 +218,23 @@ class _Merge:
                 continue
             if raw == AUTO and spec.auto:
                 auto.append(name)
+                if self.values[name] != AUTO:  # what it refers to is chosen later
+                    self.problems.append(f"{name} = {self.values[name]!r} ({where}): that is auto; type a value here")
                 continue
             try:
                 values[name] = convert(raw, spec.annotation)
             except TypeError as error:
-                self.problems.append(f"{name} = {raw!r} ({where}): expected {error}{type_hint(raw, spec)}")
+                or_auto = ", or auto" if spec.auto else ""
+                self.problems.append(f"{name} = {raw!r} ({where}): expected {error}{or_auto}{type_hint(raw, spec)}")
                 continue
             if out_of_range(spec, values[name]):
                 self.problems.append(f"{name} = {raw!r} ({where}): expected {range_text(spec)}{choice_hint(raw, spec)}")
         if not self.problems:
-            config, chosen = choose(with_values(Config(), values), auto, facts)
+            config, chosen = choose(with_values(Config(), values), auto, facts or Facts())
             values |= {choice.key: choice.value for choice in chosen}
             for problem in checks.problems(config):
+                if facts is None and set(problem.keys) & set(auto):
+                    continue
                 settings = ", ".join(
                     f"{name} = {_plain(values[name])!r} ({self.origin.get(name, 'default')})" for name in problem.keys
                 )

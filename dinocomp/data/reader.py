@@ -75,6 +75,7 @@ class Images:
         labelled: whether every sample has a label.
         shard_sizes: int64 [shards], images of each.
         remote: whether shards have to be fetched, so that visiting them one after another pays.
+        on_demand: whether shards are fetched, or unpacked, when one of their images is asked for first.
         block: samples to shuffle together then; None to shuffle all of them.
     """
 
@@ -82,6 +83,7 @@ class Images:
         self.path = path
         self.block = block
         self.remote = block is not None
+        self.on_demand = hasattr(shards, "drop_if_damaged")
         self.shard_sizes = np.array([shard.samples for shard in shards.shards], dtype=np.int64)  # [shards]
         self._length = int(self.shard_sizes.sum())
         self.classes = [ClassName(entry["id"], entry["name"]) for entry in (manifest or {}).get("classes", [])]
@@ -167,8 +169,7 @@ class Images:
 
     def _fresh(self, index: int) -> bool:
         """Whether a damaged copy of the image's shard was removed, so that reading it again may help."""
-        drop = getattr(self._shards, "drop_if_damaged", None)
-        return drop is not None and drop(self._shards.spanner[index][0])
+        return self.on_demand and self._shards.drop_if_damaged(self._shards.spanner[index][0])
 
     def _shard_in_words(self, index: int) -> str:
         """What a bad image's shard has to do with it, behind a space.

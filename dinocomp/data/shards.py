@@ -11,9 +11,9 @@ from dinocomp.data.address import Address, cache_folder, mark, parse
 from dinocomp.data.convert import convert, listing_digest, read_manifest
 from dinocomp.data.images import side_of
 from dinocomp.data.index import INDEX, cached_index, check_files, read_index
-from dinocomp.data.listing import DIGITS, Source
+from dinocomp.data.listing import Source
 from dinocomp.data.part import read_item
-from dinocomp.data.reader import Images, Keeping, open_local, open_remote
+from dinocomp.data.reader import BadImage, Images, Keeping, open_local, open_remote
 from dinocomp.errors import DataError
 from dinocomp.hints import obstacle
 
@@ -99,8 +99,8 @@ def survey_images(
     """How many images there are, and how large they usually are, without converting anything.
 
     Args:
-        fetch: whether the first shard of a remote may be fetched for it. All ranks must then call this together.
-        look: images whose sides are looked at: from all over, of a remote those of its first shard.
+        fetch: whether the first shard may be fetched, or unpacked, for it.
+        look: images whose sides are looked at: from all over, or from the first shard where it has to be fetched.
         opening: for `open_images`.
 
     Raises:
@@ -110,20 +110,32 @@ def survey_images(
     address = parse(dataset_path, split, cache_dir)
     if address.remote and not fetch:
         return Survey(count_images(dataset_path, cache_dir, split), None)
-    if address.remote or address.shards is not None or _look(dataset_path, split, cache_dir)[2] is None:
-        images = open_images(dataset_path, split=split, **opening)
-        among = int(images.shard_sizes[0]) if images.remote else len(images)
-        return Survey(len(images), _usual_side(lambda number: images[number].image, among, look))
-    items = _pick(address.find(), address).items
-    if any(item.offset >= 0 and item.path != DIGITS for item in items):  # in tars, which may be compressed
+    source = None
+    if not address.remote and address.shards is None:
+        sources = address.find()
+        source = _pick(sources, address)
+    if source is None or read_manifest(_home(address, sources) / source.split) is not None:
+        try:
+            images = open_images(dataset_path, split=split, **opening)
+        except OSError as error:
+            raise DataError(
+                f"{dataset_path} cannot be opened: {error}; type data.cache_dir=FOLDER for another"
+            ) from error
+        if images.on_demand and not fetch:
+            return Survey(len(images), None)
+        among = int(images.shard_sizes[0]) if images.on_demand else len(images)
+        # A shard that cannot be had is no reason to go on without.
+        return Survey(len(images), _usual_side(lambda number: images[number].image, among, look, skip=BadImage))
+    items = source.items
+    if any(item.offset >= 0 and item.path.lower().endswith("gz") for item in items):  # in a compressed tar
         return Survey(len(items), None)
-    return Survey(len(items), _usual_side(lambda number: read_item(items[number]), len(items), look))
+    return Survey(len(items), _usual_side(lambda number: read_item(items[number]), len(items), look, skip=DataError))
 
 
-def _usual_side(read: Callable[[int], bytes], among: int, look: int) -> int | None:
+def _usual_side(read: Callable[[int], bytes], among: int, look: int, skip: type[DataError]) -> int | None:
     sides = []
     for number in np.unique(np.linspace(0, among - 1, min(look, among)).round().astype(int)).tolist():
-        with suppress(DataError):
+        with suppress(skip):
             sides.append(side_of(read(number)))
     sides = [side for side in sides if side is not None]
     return round(float(np.median(sides))) if sides else None

@@ -122,7 +122,7 @@ class VisionTransformer(nn.Module):
         """(Re)draws every weight from the global generator. The patch projection keeps a convolution's default."""
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        with torch.no_grad():
+        with torch.no_grad():  # scaled, so that all that is drawn is the same whatever they start with
             self.pos_embed *= self.pos_embed_std / 0.02
         nn.init.zeros_(self.mask_token)
         if self.num_register_tokens:

@@ -160,9 +160,10 @@ def _features(record: RunRecord) -> list[Verdict]:
             )
         ]
     found = []
-    if signs := signs_of_decline(knn.scores, record.iterations, knn.pixels):
+    weights = bool(record.config and (record.config.MODEL.WEIGHTS or record.config.student.pretrained_weights))
+    if signs := signs_of_decline(knn.scores, record.iterations, knn.pixels, from_weights=weights):
         remedy = []
-        if fell(knn.scores):
+        if fell(knn.scores) and (knn.best_iteration > 0 or weights):
             kept = "best_teacher.safetensors" in record.weights
             where = "best_teacher.safetensors" if kept else f"evaluation/iteration-{knn.best_iteration:08d}"
             remedy.append(f"The better teacher is kept in {where}.")
