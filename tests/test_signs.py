@@ -88,3 +88,12 @@ def test_news_of_decline() -> None:
     assert all("fell from 70.0 %" in said[i] for i in (5, 7, 9)) and "fell from 80.0 %" in said[11]
     assert "to 50.0 %; " in said[12] and "no better than that of raw pixels" in said[12]
     assert said[13] == "k-NN accuracy fell from 80.0 % (iteration 1,000) to 40.0 %", "the others have been said"
+
+
+def test_weights_to_start_from_need_not_become_better() -> None:
+    """Frozen they cannot, and good ones may be as good as they get; to fall or to be worse than pixels is another."""
+    scores = scores_of(0.8, 0.8, 0.805)
+    assert signs_of_decline(scores, 1000) and news_of_decline(scores[:2], 1000)
+    assert signs_of_decline(scores, 1000, from_weights=True) == news_of_decline(scores, 1000, from_weights=True) == []
+    assert "fell" in signs_of_decline(scores_of(0.8, 0.7), 1000, from_weights=True)[0]
+    assert "raw pixels" in signs_of_decline(scores, 1000, 0.9, from_weights=True)[0]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from dinocomp.checkpoints.folder import find_fault, list_checkpoints
+from dinocomp.train import main
 from tests import processes
 from tests.checkpoints.conftest import Bucket
 from tests.checkpoints.proxy import Proxy
@@ -33,6 +35,16 @@ def command(bucket: Bucket, tmp_path: Path) -> Callable[..., list[str]]:
 def there(bucket: Bucket) -> set[str]:
     """Names of the checkpoints that are whole in the bucket."""
     return {name.split("/")[-2] for name in bucket.names() if name.endswith("/manifest.json")}
+
+
+def test_another_machine_keeps_what_auto_was_when_the_run_began(command: Callable, tmp_path: Path) -> None:
+    auto = {"optim__warmup_epochs": "auto", "checkpoint__save_frequency": 3}
+    assert main(command(tmp_path / "here", **auto)) == 0
+    shutil.rmtree(tmp_path / "here")
+    assert main(command(tmp_path / "other", **auto, optim__epochs=21)) == 0
+    text = (tmp_path / "other" / "config.yaml").read_text()
+    assert yaml.safe_load(text)["optim"]["warmup_epochs"] == 1, "a new run of 21 epochs would have 3"
+    assert "# auto: optim.warmup_epochs=1: a tenth of 3 official epochs" in text, "with the reason of then"
 
 
 @pytest.mark.slow

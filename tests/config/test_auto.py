@@ -88,6 +88,29 @@ def test_rules_see_what_was_chosen_before_them() -> None:
     )
 
 
+def test_short_runs_warm_up_too() -> None:
+    words = ["optim.warmup_epochs=auto", "teacher.warmup_teacher_temp_epochs=auto", "optim.epochs=5"]
+    found = chosen(load_config("vits16", words, Facts(5_679, 64)))
+    assert found == {"teacher.warmup_teacher_temp_epochs": 2, "optim.warmup_epochs": 1}
+    words = ["teacher.teacher_temp=auto", "teacher.warmup_teacher_temp=0.06"]
+    assert chosen(load_config("vits16", words, Facts(5_679, 64))) == {"teacher.teacher_temp": 0.06}, "it does not fall"
+
+
+def test_nothing_is_said_against_values_that_are_not_chosen_yet() -> None:
+    words = ["crops.global_crops_size=auto", "curriculum.fraction=0.5", "curriculum.global_crops_size=128"]
+    with pytest.raises(ConfigError, match="crops would shrink from 128 to 64 px"):
+        load_config("vits16", words, Facts(5_679, 64))
+    assert load_config("vits16", [*words[:2], "curriculum.global_crops_size=320"]).chosen
+
+
+def test_what_refers_to_an_auto_is_refused() -> None:
+    words = ["crops.global_crops_size=auto", "crops.local_crops_size=${crops.global_crops_size}"]
+    with pytest.raises(ConfigError, match=r"crops.local_crops_size.*that is auto; type a value"):
+        load_config("vits16", words)
+    with pytest.raises(ConfigError, match="expected whole number, or auto"):
+        load_config("vits16", ["dino.head_n_prototypes=Auto"])
+
+
 @pytest.mark.parametrize("word", ["student.depth=auto", "dino.head_n_prototypes=automatic", "crops.aspect_ratio=auto"])
 def test_other_words_and_other_keys_are_refused(word: str) -> None:
     with pytest.raises(ConfigError, match=word.partition("=")[0]):
