@@ -170,6 +170,11 @@ class Student:
     drop_path_rate: float = key(0.3, "fraction of the batch that skips a residual branch", minimum=0, below=1)
     layerscale: float | None = key(1e-5, "initial LayerScale factor (0 or null = no LayerScale)", minimum=0)
     pos_embed_std: float = key(0.02, "standard deviation that position embeddings start with", above=0)
+    linear_init: str = key(
+        "normal_0.02",
+        "how linear layers' weights start: standard deviation 0.02, or 1 / sqrt(inputs)",
+        choices=("normal_0.02", "lecun_normal"),
+    )
     drop_path_uniform: bool = key(True, "same drop path rate in every block (false = rising from 0 with depth)")
     pretrained_weights: str = key("", "weights for the student's backbone before training (path; '' = none)")
     ffn_layer: str = key("mlp", "feed-forward layer", choices=("mlp", "swiglu", "swiglufused", "identity"))

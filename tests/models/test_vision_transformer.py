@@ -119,6 +119,14 @@ def test_position_embeddings_may_start_larger() -> None:
     assert all(torch.equal(larger[name], usual[name]) for name in usual if name != "pos_embed")
 
 
+def test_linear_layers_may_keep_the_scale_of_what_goes_through_them() -> None:
+    model = tiny(embed_dim=192, linear_init="lecun_normal")
+    block = model.blocks[0]
+    for layer, inputs in ((block.attn.qkv, 192), (block.attn.proj, 192), (block.mlp.fc1, 192), (block.mlp.fc2, 768)):
+        assert layer.weight.detach().std() == pytest.approx(inputs**-0.5, rel=0.05) and not layer.bias.any()
+    assert model.pos_embed.detach().std() == pytest.approx(0.02, rel=0.1)
+
+
 def test_the_keys_bias_is_without_effect_and_without_gradient() -> None:
     """Adding it, as torch's own layer does, changes the output by rounding alone."""
     model, image = tiny().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
