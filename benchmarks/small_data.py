@@ -33,6 +33,8 @@ ROWS = {
     "reference, sinkhorn": "recipes=[sinkhorn]",
     "small_data": _OURS,
     "pos_embed_std 0.02": f"{_OURS} student.pos_embed_std=0.02",
+    "linear_init normal_0.02": f"{_OURS} student.linear_init=normal_0.02",
+    "both": f"{_OURS} student.pos_embed_std=0.02 student.linear_init=normal_0.02",
     "layerscale 1e-5": f"{_OURS} student.layerscale=1e-5",
     "centering": f"{_OURS} train.centering=centering",
     "KoLeo 0.1": f"{_OURS} dino.koleo_loss_weight=0.1",
