@@ -92,10 +92,11 @@ def _no_better(scores: Sequence[Score], iterations: int, pixels: float | None, f
     found = {}
     from_start = _best(scores) == 0 and _fall(scores)  # says it, and more
     late = first == 0 and 0 < iterations <= 4 * iteration
-    if late and last - start < A_POINT - _ROUNDING and not from_start and not from_weights:
+    enough = min(A_POINT, (1 - start) / 20)  # where nearly all is right from the start, less than a point is much
+    if late and last - start < enough - _ROUNDING and not from_start and not from_weights:
         found["start"] = f"k-NN accuracy of {_percent(last)} is no better than before training ({_percent(start)})"
-    if pixels is not None and 0 < iterations <= 2 * iteration and last <= pixels:
-        found["pixels"] = f"k-NN accuracy of {_percent(last)} is no better than that of raw pixels ({_percent(pixels)})"
+    if pixels is not None and 0 < iterations <= 2 * iteration and pixels - last > A_POINT + _ROUNDING:
+        found["pixels"] = f"k-NN accuracy of {_percent(last)} is worse than that of raw pixels ({_percent(pixels)})"
     return found
 
 

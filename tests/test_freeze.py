@@ -131,6 +131,6 @@ def test_good_weights_stay_good(tmp_path: Path) -> None:
     go_on += ["optim.epochs=2", "evaluation.eval_period_iterations=50", f"train.output_dir={second}"]
     assert main(["quickstart", *go_on, *settings]) == 0
     before, after = (read_evaluations(output / "evaluation.jsonl") for output in (first, second))
-    assert before[200].score > before[0].score + 0.2, "they are good"
+    assert before[200].score > 0.95, "they are good"
     assert after[0].score == pytest.approx(before[200].score, abs=1e-9)
     assert sorted(after) == [0, 50, 100] and min(found.score for found in after.values()) > after[0].score - 0.01

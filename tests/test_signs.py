@@ -53,8 +53,10 @@ def scores_of(*values: float, period: int = 250) -> list[tuple[int, float]]:
         (scores_of(0.5, 0.51), None, []),
         ([(0, 0.5), (249, 0.5)], None, []),  # too early to say
         ([(250, 0.5), (500, 0.5)], None, []),  # not known
-        (scores_of(0.5, 0.6, 0.7), 0.7, ["70.0 % is no better than that of raw pixels (70.0 %)"]),
-        (scores_of(0.5, 0.6, 0.701), 0.7, []),
+        (scores_of(0.5, 0.6, 0.7), 0.711, ["70.0 % is worse than that of raw pixels (71.1 %)"]),
+        (scores_of(0.5, 0.6, 0.7), 0.71, []),  # a point
+        (scores_of(0.96, 0.9615), None, ["96.2 % is no better than before training (96.0 %)"]),
+        (scores_of(0.96, 0.962), None, []),  # a twentieth of what was wrong
         ([(0, 0.5), (499, 0.6)], 0.7, []),
         (scores_of(0.5, 0.48, 0.47), 0.98, ["fell from 50.0 % (iteration 0) to 47.0 %", "that of raw pixels"]),
         (
@@ -86,7 +88,7 @@ def test_news_of_decline() -> None:
     assert sorted(said) == [3, 5, 7, 9, 11, 12, 13]
     assert "no better than before training" in said[3]
     assert all("fell from 70.0 %" in said[i] for i in (5, 7, 9)) and "fell from 80.0 %" in said[11]
-    assert "to 50.0 %; " in said[12] and "no better than that of raw pixels" in said[12]
+    assert "to 50.0 %; " in said[12] and "worse than that of raw pixels" in said[12]
     assert said[13] == "k-NN accuracy fell from 80.0 % (iteration 1,000) to 40.0 %", "the others have been said"
 
 

@@ -55,7 +55,7 @@ class Measures:
 class OnlineEvaluation(Callback):
     """Measures the teacher, and keeps a copy of it at each period and of the best one.
 
-    Where the teacher is no better than raw pixels or its start, or has fallen, it says so when that is new.
+    Where the teacher is worse than raw pixels, no better than its start, or has fallen, it says so when that is new.
     Training is as it would be without: no global random generator, no position in the data, no weight is touched.
 
     Args:
