@@ -230,8 +230,8 @@ def test_a_decline_is_said_when_it_is_new(tmp_path: Path, clock: Clock, caplog: 
     assert run(evaluation, clock, 0, 25)["knn/pixels_k5"] == 0.95
     assert told() == [
         "iteration 10: k-NN accuracy of 50.5 % is no better than before training (50.0 %) -> change something",
-        "iteration 20: k-NN accuracy fell from 80.0 % (iteration 15) to 70.0 %; k-NN accuracy of 70.0 % is no better "
-        "than that of raw pixels (95.0 %) -> the better teacher is in best_teacher.safetensors; change something",
+        "iteration 20: k-NN accuracy fell from 80.0 % (iteration 15) to 70.0 %; k-NN accuracy of 70.0 % is worse than "
+        "that of raw pixels (95.0 %) -> the better teacher is in best_teacher.safetensors; change something",
     ]
     evaluation = evaluation_of(tmp_path, clock, iter([0.69, 0.6, 0.6]), at_start=True, iterations=40)
     assert "knn/pixels_k5" not in run(evaluation, clock, 25, 40)
