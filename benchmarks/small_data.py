@@ -40,11 +40,18 @@ ROWS = {
     "KoLeo 0.1": f"{_OURS} dino.koleo_loss_weight=0.1",
     "no KoLeo": f"{_OURS} dino.koleo_loss_weight=0",
     "4,096 prototypes": f"{_OURS} dino.head_n_prototypes=4096",
-    "milder crops": f"{_OURS} crops.global_crops_scale=[0.8,1.0] crops.local_crops_scale=[0.4,0.8]",
+    "reference's crops and colours": f"{_OURS} crops.global_crops_scale=[0.32,1.0] crops.local_crops_scale=[0.05,0.32]"
+    " crops.color_jitter_probability=0.8 crops.grayscale_probability=0.2 crops.blur_probability=[0.0,0.9,0.5]"
+    " crops.solarize_probability=0.2",
     "no DINO": f"{_OURS} dino.loss_weight=0",
 }
-# Smaller crops than images, so that a run takes two minutes on one core.
-SIZES = {"emoji": "crops.global_crops_size=32 crops.local_crops_size=16"}
+# What a set needs whatever the row: no colours where there are none, and smaller crops than images, so that a run takes
+# two minutes on one core.
+NEEDS = {
+    "digits": "crops.color_jitter_probability=0",
+    "emoji": "crops.global_crops_size=32 crops.local_crops_size=16",
+    "fashion": "crops.color_jitter_probability=0",
+}
 
 
 def train(name: str, row: str, seed: int, data: str, more: Sequence[str]) -> dict[str, Any]:
@@ -55,7 +62,7 @@ def train(name: str, row: str, seed: int, data: str, more: Sequence[str]) -> dic
     """
     words = [
         *ROWS[row].split(),
-        *SIZES.get(name, "").split(),
+        *NEEDS[name].split(),
         *([f"train.dataset_path={data}"] if data else []),
         *more,
         f"train.seed={seed}",

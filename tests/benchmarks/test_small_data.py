@@ -21,8 +21,8 @@ from dinocomp.data.listing import list_images
 @pytest.mark.parametrize("name", small_data.SETS)
 def test_every_row_is_a_run_and_no_two_are_alike(name: str) -> None:
     path = str(Path(small_data.__file__).parent / "small_data" / f"{name}.yaml")
-    sizes = small_data.SIZES.get(name, "").split()
-    made = [load_config(path, [*row.split(), *sizes], Facts(5_679, 64)).config for row in small_data.ROWS.values()]
+    needs = small_data.NEEDS[name].split()
+    made = [load_config(path, [*row.split(), *needs], Facts(5_679, 64)).config for row in small_data.ROWS.values()]
     assert all(one != other for one, other in combinations(made, 2))
 
 
