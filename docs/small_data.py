@@ -51,7 +51,7 @@ def draw(runs: dict[str, Path]) -> Figure:
         spread.set_xlabel("iteration")
     for axis, name in zip(axes[:, 0], ("k-NN, %", "DINO loss / log K", "entropy / log K", "spread"), strict=True):
         axis.set_ylabel(name)
-    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].set_ylim(0, 1.08 * axes[0, 0].get_ylim()[1])  # room for the line's name
     axes[2, 0].legend(fontsize=7)
     return figure
 
