@@ -62,6 +62,7 @@ def when_features_do_not_improve(config: Config, dataset_size: int | None = None
         words.append("dino.koleo_loss_weight=0.1")
     if half := (config.optim.lr or config.optim.base_lr) / 2:
         words.append(f"{rate}={half:.3g} (half of it)")
+    words.append(f"optim.epochs={2 * config.optim.epochs} (twice as long, where it still rises)")
     return f"try in a new train.output_dir, one after the other: {', '.join(words)}"
 
 

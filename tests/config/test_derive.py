@@ -225,6 +225,7 @@ def test_what_to_change_where_features_do_not_improve(words: tuple[str, ...], ad
     """Only what is not so already."""
     given = {word.partition("=")[0]: word for word in words}  # the last one counts
     found = when_features_do_not_improve(made(*given.values()))
-    assert found == f"try in a new train.output_dir, one after the other: {advice}"
+    longer = "optim.epochs=200 (twice as long, where it still rises)"
+    assert found == f"try in a new train.output_dir, one after the other: {advice}, {longer}"
     assert when_features_do_not_improve(made(*given.values()), 5_679) == found
     assert "small_data" not in when_features_do_not_improve(made(*given.values()), 1_281_167), "made for few images"
