@@ -114,7 +114,8 @@ def test_what_is_missing_at_the_end_is_said(command: Callable, bucket: Bucket, p
     said = (tmp_path / "run" / "train.log").read_text()
     assert "not all of it was copied to" in said and "iteration-00000012: " in said
     proxy.up()
-    assert processes.finish(processes.start(arguments)) == 0, "the same command copies the rest"
+    patient = [*arguments, "checkpoint.remote_wait_seconds=60"]  # a busy machine may need more than a second
+    assert processes.finish(processes.start(patient)) == 0, "the same command copies the rest"
     assert there(bucket) == {"iteration-00000004", "iteration-00000008", "iteration-00000012"}
 
 
