@@ -42,7 +42,7 @@ def draw(runs: dict[str, Path]) -> Figure:
             loss.plot(at, [value / weight / tops["dino"] for value in values], color="tab:red")
         for name, colour in (("dino", "tab:red"), ("ibot", "tab:orange")):
             if config[name]["loss_weight"]:
-                values = [line[f"teacher/entropy_{name}"] / tops[name] for line in metrics]
+                values = [line.get(f"teacher/entropy_{name}", math.nan) / tops[name] for line in metrics]
                 entropy.plot(at, values, color=colour, label=f"{name} targets")
         spread.plot(at, [line["teacher/feature_std"] for line in metrics], color="tab:green")
         for axis in (loss, entropy, spread):

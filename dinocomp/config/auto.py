@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dinocomp.config.derive import images_per_iteration, total_iterations
-from dinocomp.config.keys import show, walk, with_values
+from dinocomp.config.keys import show, with_values
 from dinocomp.config.schema import Config
 
 ASSUMED_IMAGES = 100_000  # where they have not been counted
 ASSUMED_SIDE = 256  # pixels, where no image has been seen
 _MANY = 1_000_000  # images from which on the reference's values hold
+_REFERENCE = Config()  # whose defaults are the reference's
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,10 @@ def _images(facts: Facts) -> tuple[int, str]:
     return facts.images, f"{facts.images:,} images"
 
 
-def _reference(key: str, why: str) -> tuple[Any, str]:
-    return next(spec.default for spec in walk(Config()) if spec.name == key), f"the reference's: {why}"
-
-
 def prototypes_for(images: int) -> int:
     """How many prototypes go with so many images: the power of two nearest below one for 16 images, 128 to 65536."""
-    return min(max(1 << max((images // 16).bit_length() - 1, 0), 128), 65536)
+    most = _REFERENCE.dino.head_n_prototypes
+    return min(max(1 << max((images // 16).bit_length() - 1, 0), 128), most)
 
 
 def _prototypes(config: Config, facts: Facts) -> tuple[int, str]:
@@ -94,54 +92,57 @@ def _prototypes(config: Config, facts: Facts) -> tuple[int, str]:
 
 def _momentum(config: Config, facts: Facts) -> tuple[float, str]:
     iterations = total_iterations(config)
-    momentum = round(min(max(1 - 20 / iterations, 0.9), 0.992), 4)
+    momentum = round(min(max(1 - 20 / iterations, 0.9), _REFERENCE.teacher.momentum_teacher), 4)
     return momentum, f"averages over {1 / (1 - momentum):.0f} iterations: a twentieth of {iterations:,}, from 10 to 125"
 
 
 def _teacher_temp(config: Config, facts: Facts) -> tuple[float, str]:
     images, said = _images(facts)
+    reference = _REFERENCE.teacher.teacher_temp
     if images >= _MANY:
-        return _reference("teacher.teacher_temp", said)
+        return reference, f"the reference's: {said}"
     start = config.teacher.warmup_teacher_temp
-    return start, f"as at the start: sharp targets to the end, for {said} (0.07 from {_MANY:,} images on)"
+    return start, f"as at the start: sharp targets to the end, for {said} ({reference:g} from {_MANY:,} images on)"
 
 
 def _temp_warmup(config: Config, facts: Facts) -> tuple[int, str]:
-    epochs = config.optim.epochs
+    epochs, most = config.optim.epochs, _REFERENCE.teacher.warmup_teacher_temp_epochs
     if config.teacher.teacher_temp == config.teacher.warmup_teacher_temp:
         return 0, "the temperature does not change"
-    return min(30, -(-epochs * 3 // 10)), f"three tenths of {epochs} official epochs, at most 30"
+    return min(most, -(-epochs * 3 // 10)), f"three tenths of {epochs} official epochs, rounded up, at most {most}"
 
 
 def _warmup(config: Config, facts: Facts) -> tuple[int, str]:
-    epochs = config.optim.epochs
-    return min(10, -(-epochs // 10)), f"a tenth of {epochs} official epochs, rounded up, at most 10"
+    epochs, most = config.optim.epochs, _REFERENCE.optim.warmup_epochs
+    return min(most, -(-epochs // 10)), f"a tenth of {epochs} official epochs, rounded up, at most {most}"
 
 
 def _base_lr(config: Config, facts: Facts) -> tuple[float, str]:
     images = images_per_iteration(config, facts.world_size)
-    rate = 0.002 if images < 512 else 0.004
-    return rate, f"{images:,} images an iteration: 0.002 below 512, the reference's 0.004 from there on"
+    reference = _REFERENCE.optim.base_lr
+    rate = reference / 2 if images < 512 else reference
+    return rate, f"{images:,} images an iteration: the reference's {reference:g} from 512 on, half of it below"
 
 
 def _global_size(config: Config, facts: Facts) -> tuple[int, str]:
-    patch, side = config.student.patch_size, facts.side or ASSUMED_SIDE
-    wanted = max(min(224, side), 4 * patch)
-    size = max(min(-(-wanted // patch) * patch, 224 // patch * patch), 4 * patch)
+    patch, side, most = config.student.patch_size, facts.side or ASSUMED_SIDE, _REFERENCE.crops.global_crops_size
+    size = max(min(-(-side // patch), most // patch), 4) * patch
     seen = f"images of {side} px" if facts.side else f"as for images of {side} px, for none has been seen yet"
-    return size, f"{seen}, in whole patches of {patch} px: at most 224 px, but 4 x 4 patches at least"
+    return size, f"{seen}, in whole patches of {patch} px: at most {most} px, but 4 x 4 patches at least"
 
 
 def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
     patch, size = config.student.patch_size, config.crops.global_crops_size
-    return max(round(size * 96 / 224 / patch), 2) * patch, f"3/7 of {size} px, in whole patches of {patch} px"
+    reference = _REFERENCE.crops
+    share = reference.local_crops_size / reference.global_crops_size
+    return max(round(size * share / patch), 2) * patch, f"3/7 of {size} px, in whole patches of {patch} px"
 
 
 def _local_number(config: Config, facts: Facts) -> tuple[int, str]:
     patches = (config.crops.local_crops_size // config.student.patch_size) ** 2
     if patches < 16:
         return 2, f"{patches} patches each, of which more say little and cost as much"
-    return _reference("crops.local_crops_number", f"{patches} patches each")
+    return _REFERENCE.crops.local_crops_number, f"the reference's: {patches} patches each"
 
 
 RULES: dict[str, Rule] = {
