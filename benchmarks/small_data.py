@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -54,8 +55,11 @@ NEEDS = {
 }
 
 
-def train(name: str, row: str, seed: int, data: str, more: Sequence[str]) -> dict[str, Any]:
+def train(name: str, row: str, seed: int, data: str, images: int | None, more: Sequence[str]) -> dict[str, Any]:
     """One run on one core, and what it was worth: k-NN accuracies of the first k by iteration.
+
+    Args:
+        images: how many `data` holds, where it is a part of the set; only recorded.
 
     Raises:
         RuntimeError: it failed, with the end of what it said.
@@ -84,6 +88,7 @@ def train(name: str, row: str, seed: int, data: str, more: Sequence[str]) -> dic
     return {
         "set": name,
         "row": row,
+        "images": images,
         "words": ROWS[row],
         "more": list(more),
         "seed": seed,
@@ -106,14 +111,18 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
             "| row | start | half-way | end | seeds | largest fall |",
             "|---|---|---|---|---|---|",
         ]
-        for row in (row for row in ROWS if any(record["row"] == row for record in of_set)):
-            runs = [list(record["knn"].values()) for record in of_set if record["row"] == row]
+        parts_of = sorted({record["images"] for record in of_set if record["images"]})
+        for row, images in product(ROWS, [*parts_of, None]):
+            runs = [list(r["knn"].values()) for r in of_set if (r["row"], r["images"]) == (row, images)]
+            if not runs:
+                continue
             ends = [run[-1] for run in runs]
             fall = max(max(run) - run[-1] for run in runs)
             cells = [100 * mean(run[at] for run in runs) for at in (0, (len(runs[0]) - 1) // 2, -1)]
             spread = f"{100 * min(ends):.1f}..{100 * max(ends):.1f}" if len(ends) > 1 else "one"
             shown = " | ".join(f"{cell:.1f}" for cell in cells)
-            lines.append(f"| {row} | {shown} | {spread} | {100 * fall:.1f} |")
+            label = f"{row}, of {images:,} images" if images else row
+            lines.append(f"| {label} | {shown} | {spread} | {100 * fall:.1f} |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -129,6 +138,7 @@ def main() -> None:
     parser.add_argument("--data", default="", metavar="PATH", help="the set's images (digits need none)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--images", type=int, metavar="N", help="how many --data holds, where it is a part of the set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one core")
     parser.add_argument("--record", type=Path, required=True, metavar="FILE", help="each run adds a line of JSON")
     parser.add_argument("--table", action="store_true", help="print what is recorded, run nothing")
@@ -140,15 +150,16 @@ def main() -> None:
     if given.set is None:
         parser.error("name a set, or type --table")
     found = read(given.record)
-    if other := [record["more"] for record in found if record["more"] != given.more and record["set"] == given.set]:
+    alike = [record for record in found if (record["set"], record["images"]) == (given.set, given.images)]
+    if other := [record["more"] for record in alike if record["more"] != given.more]:
         parser.error(
             f"{given.record} holds runs with other settings ({' '.join(other[0]) or 'none'}): give another file"
         )
-    recorded = {(record["set"], record["row"], record["seed"]) for record in found}
-    wanted = [(row, seed) for seed in given.seeds for row in given.rows if (given.set, row, seed) not in recorded]
+    recorded = {(record["row"], record["seed"]) for record in alike}
+    wanted = [(row, seed) for seed in given.seeds for row in given.rows if (row, seed) not in recorded]
 
     def run(job: tuple[str, int]) -> None:
-        found = train(given.set, *job, given.data, given.more)
+        found = train(given.set, *job, given.data, given.images, given.more)
         with given.record.open("a") as file:
             file.write(json.dumps(found) + "\n")
         print(f"{given.set} {job[0]}, seed {job[1]}: {100 * list(found['knn'].values())[-1]:.1f} %", flush=True)

@@ -5,6 +5,7 @@
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb .
     python -m benchmarks.small_sets emoji --packages . --out /data/emoji
     python -m benchmarks.small_sets fashion --packages . --out /data/fashion
+    python -m benchmarks.small_sets emoji --packages . --images 1500 --out /data/emoji-1500
 
 The third set, scikit-learn's digits, needs neither: `train.dataset_path=digits`.
 """
@@ -13,6 +14,7 @@ import argparse
 import gzip
 import io
 import json
+import random
 import re
 import struct
 import tarfile
@@ -63,6 +65,17 @@ def fashion(packages: Path, out: Path, train: int = 10_000, val: int = 2_000) ->
             Image.fromarray(picture).save(place / f"{number:05d}.png")
 
 
+def keep(folder: Path, images: int) -> None:
+    """Deletes all but so many images below a folder; which are kept is a draw, always the same.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    paths = sorted(folder.rglob("*.png"))
+    for path in random.Random(0).sample(paths, len(paths) - images):
+        path.unlink()
+
+
 def _idx(path: Path) -> np.ndarray:
     """An array of bytes in the IDX format: two zeros, its type, its dimensions, big-endian sizes, then its values."""
     data = gzip.decompress(path.read_bytes())
@@ -75,8 +88,11 @@ def main() -> None:
     parser.add_argument("set", choices=("emoji", "fashion"))
     parser.add_argument("--packages", type=Path, required=True, metavar="FOLDER", help="where the packages lie")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets train/CLASS and val/CLASS")
+    parser.add_argument("--images", type=int, metavar="N", help="keep so many of those to train on, drawn at random")
     given = parser.parse_args()
     {"emoji": emoji, "fashion": fashion}[given.set](given.packages, given.out)
+    if given.images:
+        keep(given.out / "train", given.images)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ def test_every_row_is_a_run_and_no_two_are_alike(name: str) -> None:
     assert all(one != other for one, other in combinations(made, 2))
 
 
-def record(name: str, row: str, seed: int, *accuracies: float, pixels: float | None = None) -> dict:
+def record(
+    name: str, row: str, seed: int, *accuracies: float, pixels: float | None = None, images: int | None = None
+) -> dict:
     knn = {str(125 * place): value for place, value in enumerate(accuracies)}
-    return {"set": name, "row": row, "more": [], "seed": seed, "knn": knn, "pixels": pixels}
+    return {"set": name, "row": row, "images": images, "more": [], "seed": seed, "knn": knn, "pixels": pixels}
 
 
 def test_a_row_of_the_table_is_the_mean_of_its_seeds() -> None:
@@ -37,6 +39,7 @@ def test_a_row_of_the_table_is_the_mean_of_its_seeds() -> None:
         record("digits", "small_data", 1, 0.6, 0.9, 0.94, 0.95, 0.98),
         record("digits", "reference", 0, 0.5, 0.5, 0.5, 0.5, 0.6),
         record("emoji", "no KoLeo", 0, 0.2, 0.2, 0.2, 0.2, 0.1),
+        record("emoji", "no KoLeo", 0, 0.1, 0.1, 0.1, 0.1, 0.1, images=1500),
     ]
     digits, emoji = small_data.table(records).split("\n\n**emoji**")
     assert digits.splitlines() == [
@@ -47,26 +50,33 @@ def test_a_row_of_the_table_is_the_mean_of_its_seeds() -> None:
         "| reference | 50.0 | 50.0 | 60.0 | one | 0.0 |",
         "| small_data | 55.0 | 96.0 | 97.0 | 96.0..98.0 | 2.0 |",
     ]
-    assert emoji.strip().splitlines()[-1] == "| no KoLeo | 20.0 | 20.0 | 10.0 | one | 10.0 |"
+    assert emoji.strip().splitlines()[-2:] == [
+        "| no KoLeo, of 1,500 images | 10.0 | 10.0 | 10.0 | one | 0.0 |",
+        "| no KoLeo | 20.0 | 20.0 | 10.0 | one | 10.0 |",
+    ]
 
 
 def test_what_is_recorded_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, ran = tmp_path / "record.jsonl", []
     path.write_text(json.dumps(record("digits", "reference", 0, 0.5)) + "\n")
 
-    def train(name: str, row: str, seed: int, data: str, more: list[str]) -> dict:
-        ran.append((name, row, seed, data, more))
-        return record(name, row, seed, 0.5, 0.75)
+    def train(name: str, row: str, seed: int, data: str, images: int | None, more: list[str]) -> dict:
+        ran.append((name, row, seed, data, images, more))
+        return record(name, row, seed, 0.5, 0.75, images=images)
 
     monkeypatch.setattr(small_data, "train", train)
     rows = ["--rows", "reference", "small_data", "--seeds", "0", "1", "--jobs", "1"]
     monkeypatch.setattr("sys.argv", ["x", "digits", *rows, "--record", str(path)])
     small_data.main()
-    assert ran == [("digits", *job, "", []) for job in (("small_data", 0), ("reference", 1), ("small_data", 1))]
+    assert ran == [("digits", *job, "", None, []) for job in (("small_data", 0), ("reference", 1), ("small_data", 1))]
     assert [(line["row"], line["seed"]) for line in small_data.read(path)] == [("reference", 0), *(r[1:3] for r in ran)]
     monkeypatch.setattr("sys.argv", ["x", "digits", *rows, "--record", str(path), "optim.epochs=1"])
     with pytest.raises(SystemExit):  # they would be of another table
         small_data.main()
+    ran.clear()
+    monkeypatch.setattr("sys.argv", ["x", "digits", *rows[:2], "--images", "500", "--record", str(path)])
+    small_data.main()
+    assert ran == [("digits", "reference", 0, "", 500, [])], "of fewer images nothing is recorded"
 
 
 def test_emoji_from_packages(tmp_path: Path) -> None:
@@ -91,6 +101,21 @@ def test_emoji_from_packages(tmp_path: Path) -> None:
         *("val/sky-weather/twitter-a.png", "val/time/twitter-b.png"),
     ]
     assert Image.open(tmp_path / "out" / found[0]).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_part_of_a_set_is_always_the_same(tmp_path: Path) -> None:
+    kept = []
+    for copy in ("one", "two"):
+        for number in range(20):
+            path = tmp_path / copy / f"class{number % 3}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        small_sets.keep(tmp_path / copy, 7)
+        kept.append({path.name for path in (tmp_path / copy).rglob("*.png")})
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 7
+    with pytest.raises(ValueError):
+        small_sets.keep(tmp_path / "one", 8)
 
 
 def test_fashion_from_its_files(tmp_path: Path) -> None:
