@@ -233,8 +233,31 @@ def charts_together(tables: Sequence[tuple[str, Table, Table]]) -> list[Chart]:
                 if column in table and np.isfinite(table[column]).any()
             ]
             title = panel.title if column in panel.columns and len(names) == 1 else f"{panel.title}: {label_of(column)}"
+            if panel.baseline:
+                leaf = column.rpartition("/")[2]
+                curves += _baselines(panel, panel.baseline.replace("*", leaf), [(t[0], t[2]) for t in tables])
             charts.append(Chart(panel, curves, title, f"{panel.key}-{len(charts)}"))
     return charts
+
+
+def _baselines(panel: Panel, column: str, tables: Sequence[tuple[str, Table]]) -> list[Curve]:
+    """A level line for each number that runs, (name, table) each, have to beat; whose it is, where it is not all's."""
+    levels: dict[float, list[str]] = {}
+    for name, table in tables:
+        values = table.get(column, np.empty(0))
+        for level in values[np.isfinite(values)][:1].tolist():
+            levels.setdefault(level, []).append(name)
+    ends = [table["iteration"][[0, -1]] for _, table in tables if len(table.get("iteration", ()))]
+    span = np.array([min(first for first, _ in ends), max(last for _, last in ends)]) if ends else np.empty(0)
+    return [
+        Curve(
+            panel.baseline_words if len(names) == len(tables) else f"{panel.baseline_words} ({', '.join(names)})",
+            span,
+            np.full(2, level),
+            baseline=True,
+        )
+        for level, names in levels.items()
+    ]
 
 
 def thin(x: np.ndarray, y: np.ndarray, label: str = "", colour: int = 0, points: int = MAX_POINTS) -> Curve:

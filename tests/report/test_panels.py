@@ -45,7 +45,7 @@ def test_votes_are_in_order_of_size() -> None:
 
 
 def test_raw_pixels_are_a_level_line() -> None:
-    """Of the first k, over all iterations; not in a comparison."""
+    """Of the first k, over all iterations."""
     evaluations = {
         "iteration": np.array([0.0, 500.0, 1000.0]),
         "knn_top1/10": np.array([0.5, 0.6, 0.7]),
@@ -61,6 +61,19 @@ def test_raw_pixels_are_a_level_line() -> None:
     assert [chart.title for chart in charts_together([("a", {}, evaluations)])] == ["k-NN accuracy: k = 10"]
     del evaluations["pixels_top1/10"], evaluations["pixels_top1/20"]
     assert len(charts_of({}, evaluations)[0].curves) == 1
+
+
+def test_runs_together_have_one_line_to_beat_or_each_its_own() -> None:
+    def lines(*tables: dict[str, np.ndarray]) -> list[list[tuple]]:
+        charts = charts_together([("abc"[i], {}, table) for i, table in enumerate(tables)])
+        return [[(c.label, c.x.tolist(), c.y.tolist()) for c in chart.curves if c.baseline] for chart in charts]
+
+    short = {"iteration": np.array([0, 100]), "knn_top1/10": np.array([0.2, 0.5]), "knn_top1/20": np.array([0.2, 0.6])}
+    long = short | {"iteration": np.array([0, 500])}
+    first, second = ({"pixels_top1/10": np.array([level, math.nan])} for level in (0.4, 0.7))
+    assert lines(short | first, long | first) == [[("raw pixels", [0, 500], [0.4, 0.4])], []]
+    each = [("raw pixels (a)", [0, 100], [0.4, 0.4]), ("raw pixels (b)", [0, 100], [0.7, 0.7])]
+    assert lines(short | first, short | second, short) == [each, []]
 
 
 def test_runs_share_charts_and_keep_their_colours() -> None:
