@@ -4,7 +4,7 @@ Below it no configuration is passed: every constructor takes plain arguments.
 """
 
 from dinocomp.build.data import build_loader, crop_settings, mask_settings
-from dinocomp.build.facts import known_facts
+from dinocomp.build.facts import facts_of_the_run_here, known_facts
 from dinocomp.build.loggers import build_loggers
 from dinocomp.build.machine import join_processes, on_gpu
 from dinocomp.build.memory import plan_memory
@@ -28,6 +28,7 @@ __all__ = [
     "check_start",
     "count_parameters",
     "crop_settings",
+    "facts_of_the_run_here",
     "join_processes",
     "known_facts",
     "mask_settings",

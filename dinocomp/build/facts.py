@@ -8,6 +8,7 @@ from composer.utils import dist
 from dinocomp.build.data import opening
 from dinocomp.build.start import open_remote
 from dinocomp.checkpoints.find import Found, find_checkpoint
+from dinocomp.checkpoints.folder import list_checkpoints
 from dinocomp.config import Config, load_config
 from dinocomp.config.auto import Facts
 from dinocomp.config.keys import walk
@@ -27,18 +28,27 @@ def known_facts(config: Config) -> tuple[Facts, Found]:
     Raises:
         DinocompError: as `find_checkpoint`; or nothing can be known of the images, and so nothing be chosen.
     """
-    output = Path(config.train.output_dir).expanduser()
-    found = find_checkpoint(output / "checkpoints", config.checkpoint.resume, open_remote(config))
-    facts = on_rank_0(lambda: (found.checkpoint and _begun(output / CONFIG)) or _of_images(config))
+    found = find_checkpoint(_output(config) / "checkpoints", config.checkpoint.resume, open_remote(config))
+    facts = on_rank_0(lambda: (found.checkpoint and _begun(config, dist.get_world_size())) or _of_images(config))
     return facts, found
 
 
-def _begun(path: Path) -> Facts | None:
+def facts_of_the_run_here(config: Config, world_size: int) -> Facts | None:
+    """What the run in the output folder has begun with; None where none with a checkpoint is there."""
+    return _begun(config, world_size) if list_checkpoints(_output(config) / "checkpoints") else None
+
+
+def _output(config: Config) -> Path:
+    return Path(config.train.output_dir).expanduser()
+
+
+def _begun(config: Config, world_size: int) -> Facts | None:
     """What a run has begun with; None where its configuration was lost."""
+    path = _output(config) / CONFIG
     if not path.is_file():
         return None
     settled = {key.name: key.default for key in walk(load_config(str(path)).config)}
-    return Facts(world_size=dist.get_world_size(), settled=settled, reasons=dict(_REASON.findall(path.read_text())))
+    return Facts(world_size=world_size, settled=settled, reasons=dict(_REASON.findall(path.read_text())))
 
 
 def _of_images(config: Config) -> Facts:

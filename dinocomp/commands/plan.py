@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
     yaml, words = split_arguments([arguments.yaml, *arguments.overrides])
     loaded = load_config(yaml, words)
 
-    from dinocomp.build import count_parameters, plan_memory  # slow imports come after the settings are found right
+    # Slow imports come after the settings are found right.
+    from dinocomp.build import count_parameters, facts_of_the_run_here, plan_memory
     from dinocomp.config.distil import frozen_teacher
     from dinocomp.data import Survey, survey_images
 
@@ -45,7 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
         note = str(error)
     if arguments.images is not None:
         found = found._replace(images=arguments.images)
-    loaded = load_config(yaml, words, Facts(found.images, found.side, arguments.world_size))
+    begun = facts_of_the_run_here(loaded.config, arguments.world_size)
+    loaded = load_config(yaml, words, begun or Facts(found.images, found.side, arguments.world_size))
     config = loaded.config
     limit = None if arguments.gpu_memory is None else arguments.gpu_memory * 1e9
     print(

@@ -1,5 +1,6 @@
 """Whole runs whose checkpoints are copied to an object store."""
 
+import re
 import shutil
 import signal
 import time
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from dinocomp import cli
 from dinocomp.checkpoints.folder import find_fault, list_checkpoints
 from dinocomp.train import main
 from tests import processes
@@ -37,7 +39,9 @@ def there(bucket: Bucket) -> set[str]:
     return {name.split("/")[-2] for name in bucket.names() if name.endswith("/manifest.json")}
 
 
-def test_another_machine_keeps_what_auto_was_when_the_run_began(command: Callable, tmp_path: Path) -> None:
+def test_another_machine_keeps_what_auto_was_when_the_run_began(
+    command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     auto = {"optim__warmup_epochs": "auto", "checkpoint__save_frequency": 3}
     assert main(command(tmp_path / "here", **auto)) == 0
     shutil.rmtree(tmp_path / "here")
@@ -45,6 +49,9 @@ def test_another_machine_keeps_what_auto_was_when_the_run_began(command: Callabl
     text = (tmp_path / "other" / "config.yaml").read_text()
     assert yaml.safe_load(text)["optim"]["warmup_epochs"] == 1, "a new run of 21 epochs would have 3"
     assert "# auto: optim.warmup_epochs=1: a tenth of 3 official epochs" in text, "with the reason of then"
+    for folder, planned in (("other", "1 +a tenth of 3 official epochs"), ("new", "3 +a tenth of 30")):
+        assert cli.main(["plan", *command(tmp_path / folder, **auto, optim__epochs=30)]) == 0
+        assert re.search(f"optim.warmup_epochs +{planned}", capsys.readouterr().out)
 
 
 @pytest.mark.slow

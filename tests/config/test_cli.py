@@ -10,6 +10,7 @@ import pytest
 
 from dinocomp import cli
 from dinocomp.config import load_config, split_arguments
+from dinocomp.config.auto import Facts
 from dinocomp.config.memory import Memory
 from dinocomp.config.plan import describe
 from dinocomp.errors import ConfigError, DataError
@@ -52,6 +53,7 @@ def other_rooms(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         "dinocomp.data.convert": {"convert": convert},
         "dinocomp.build": {
             "count_parameters": lambda config: {"backbone": 21_678_336, "dino_head": 23_655_680},
+            "facts_of_the_run_here": lambda config, world_size: seen.get("begun"),
             "plan_memory": plan_memory,
         },
     }
@@ -210,6 +212,9 @@ def test_plan_chooses_by_the_images_or_by_a_number_of_them(
     assert "one for 16 of 20,000 images" in text and "for none has been seen yet" in text
     assert cli.main(words) == 0
     assert "as for 100,000 images, which are not counted yet (--images N)" in capsys.readouterr().out
+    other_rooms["begun"] = Facts(settled={"dino.head_n_prototypes": 4096}, reasons={"dino.head_n_prototypes": "of old"})
+    assert cli.main(words) == 0
+    assert re.search(r"dino.head_n_prototypes +4096 +of old", capsys.readouterr().out), "the run in that folder goes on"
 
 
 def test_shipped_quickstart_and_small_numbers_read_well() -> None:
