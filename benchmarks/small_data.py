@@ -45,6 +45,8 @@ ROWS = {
     " crops.color_jitter_probability=0.8 crops.grayscale_probability=0.2 crops.blur_probability=[0.0,0.9,0.5]"
     " crops.solarize_probability=0.2",
     "no DINO": f"{_OURS} dino.loss_weight=0",
+    "reference, three times as long": "optim.epochs=30",
+    "small_data, three times as long": f"{_OURS} optim.epochs=30",
 }
 # What a set needs whatever the row: no colours where there are none, and smaller crops than images, so that a run takes
 # two minutes on one core.
