@@ -29,6 +29,7 @@ SETS = ("digits", "emoji", "fashion")
 
 # What each row adds to the set's YAML: the reference's way, ours, then ours with one thing changed.
 _OURS = "recipes=[small_data]"
+_LARGER = "student.embed_dim=192 student.depth=6 student.num_heads=6"
 ROWS = {
     "reference": "",
     "reference, sinkhorn": "recipes=[sinkhorn]",
@@ -52,6 +53,8 @@ ROWS = {
     "no DINO": f"{_OURS} dino.loss_weight=0",
     "reference, three times as long": "optim.epochs=30",
     "small_data, three times as long": f"{_OURS} optim.epochs=30",
+    "reference, twice as wide and deep": _LARGER,
+    "small_data, twice as wide and deep": f"{_OURS} {_LARGER}",
 }
 # Rows whose runs are of `benchmarks.rivals`.
 SPREAD_BY = {"KDE for KoLeo": "kde", "coding rate for KoLeo": "coding_rate", "SIGReg for KoLeo": "sigreg"}
