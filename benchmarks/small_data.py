@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -50,12 +50,16 @@ ROWS = {
     "reference's crops and colours": f"{_OURS} crops.global_crops_scale=[0.32,1.0] crops.local_crops_scale=[0.05,0.32]"
     " crops.color_jitter_probability=0.8 crops.grayscale_probability=0.2 crops.blur_probability=[0.0,0.9,0.5]"
     " crops.solarize_probability=0.2",
+    "reference's decays and drop path": f"{_OURS} optim.layerwise_decay=0.9 optim.patch_embed_lr_mult=0.2"
+    " optim.weight_decay_end=0.4 student.drop_path_rate=0.3",
+    "crops as auto": f"{_OURS} crops.global_crops_size=auto crops.local_crops_size=auto",
     "no DINO": f"{_OURS} dino.loss_weight=0",
     "reference, three times as long": "optim.epochs=30",
     "small_data, three times as long": f"{_OURS} optim.epochs=30",
     "reference, twice as wide and deep": _LARGER,
     "small_data, twice as wide and deep": f"{_OURS} {_LARGER}",
 }
+ONLY = {"crops as auto": ("emoji",)}  # rows that are `small_data` itself in other sets
 # Rows whose runs are of `benchmarks.rivals`.
 SPREAD_BY = {"KDE for KoLeo": "kde", "coding rate for KoLeo": "coding_rate", "SIGReg for KoLeo": "sigreg"}
 # What a set needs whatever the row: no colours where there are none, and smaller crops than images, so that a run takes
@@ -77,8 +81,8 @@ def train(name: str, row: str, seed: int, data: str, images: int | None, more: S
         RuntimeError: it failed, with the end of what it said.
     """
     words = [
-        *ROWS[row].split(),
         *NEEDS[name].split(),
+        *ROWS[row].split(),
         *([f"train.dataset_path={data}"] if data else []),
         *more,
         f"train.seed={seed}",
@@ -113,7 +117,12 @@ def train(name: str, row: str, seed: int, data: str, images: int | None, more: S
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table for each set: accuracy at the start, half-way, at the end, its spread, and the largest fall."""
+    """A Markdown table for each set: accuracy at the start, half-way and at the end, its spread over seeds, and how far
+    it has ever been below its best until then.
+
+    Raises:
+        ValueError: runs of a row were evaluated at different iterations.
+    """
     parts = []
     for name in dict.fromkeys(record["set"] for record in records):
         of_set = [record for record in records if record["set"] == name]
@@ -126,16 +135,19 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         ]
         parts_of = sorted({record["images"] for record in of_set if record["images"]})
         for row, images in product(ROWS, [*parts_of, None]):
-            runs = [list(r["knn"].values()) for r in of_set if (r["row"], r["images"]) == (row, images)]
+            runs = [record["knn"] for record in of_set if (record["row"], record["images"]) == (row, images)]
             if not runs:
                 continue
-            ends = [run[-1] for run in runs]
-            fall = max(max(run) - run[-1] for run in runs)
-            cells = [100 * mean(run[at] for run in runs) for at in (0, (len(runs[0]) - 1) // 2, -1)]
-            spread = f"{100 * min(ends):.1f}..{100 * max(ends):.1f}" if len(ends) > 1 else "one"
+            if any(run.keys() != runs[0].keys() for run in runs):
+                raise ValueError(f"{name}, {row}: runs were evaluated at different iterations")
+            scores = [[100 * score for score in run.values()] for run in runs]
+            ends = [run[-1] for run in scores]
+            fall = max(best - score for run in scores for best, score in zip(accumulate(run, max), run, strict=True))
+            cells = [mean(run[at] for run in scores) for at in (0, (len(scores[0]) - 1) // 2, -1)]
+            spread = f"{min(ends):.1f}..{max(ends):.1f} ({len(ends)})" if len(ends) > 1 else "one"
             shown = " | ".join(f"{cell:.1f}" for cell in cells)
             label = f"{row}, of {images:,} images" if images else row
-            lines.append(f"| {label} | {shown} | {spread} | {100 * fall:.1f} |")
+            lines.append(f"| {label} | {shown} | {spread} | {fall:.1f} |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -149,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", nargs="?", choices=SETS)
     parser.add_argument("--data", default="", metavar="PATH", help="the set's images (digits need none)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images", type=int, metavar="N", help="how many --data holds, where it is a part of the set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one core")
@@ -162,6 +174,7 @@ def main() -> None:
         return
     if given.set is None:
         parser.error("name a set, or type --table")
+    rows = given.rows or [row for row in ROWS if given.set in ONLY.get(row, SETS)]
     found = read(given.record)
     alike = [record for record in found if (record["set"], record["images"]) == (given.set, given.images)]
     if other := [record["more"] for record in alike if record["more"] != given.more]:
@@ -169,7 +182,7 @@ def main() -> None:
             f"{given.record} holds runs with other settings ({' '.join(other[0]) or 'none'}): give another file"
         )
     recorded = {(record["row"], record["seed"]) for record in alike}
-    wanted = [(row, seed) for seed in given.seeds for row in given.rows if (row, seed) not in recorded]
+    wanted = [(row, seed) for seed in given.seeds for row in rows if (row, seed) not in recorded]
 
     def run(job: tuple[str, int]) -> None:
         found = train(given.set, *job, given.data, given.images, given.more)

@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets train/CLASS and val/CLASS")
     parser.add_argument("--images", type=int, metavar="N", help="keep so many of those to train on, drawn at random")
     given = parser.parse_args()
+    if given.out.exists() and any(given.out.iterdir()):
+        parser.error(f"{given.out} holds other things already: give a new folder")
     {"emoji": emoji, "fashion": fashion}[given.set](given.packages, given.out)
     if given.images:
         keep(given.out / "train", given.images)

@@ -142,7 +142,9 @@ def build_callbacks(
             budget=config.evaluation.budget,
             export_teacher=export_teacher,
             stop=stop,
-            remedy=when_features_do_not_improve(config, (facts or {}).get("data", {}).get("images")),
+            remedy=when_features_do_not_improve(
+                config, (facts or {}).get("data", {}).get("images"), dist.get_world_size()
+            ),
         ),
         checkpoints=Checkpoints(
             output / "checkpoints",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dinocomp.config.auto import prototypes_for
+from dinocomp.config.auto import momentum_for, prototypes_for
 from dinocomp.config.derive import (
     checkpoint_interval,
     head_sizes,
@@ -21,6 +21,9 @@ _SMALL_DATA = 200_000  # images up to which the recipe small_data is meant
 _SECTIONS = {"dino_head": "dino", "ibot_head": "ibot"}
 # From where on a short run feels them: blocks that contribute from the first step, positions beside patches.
 _FELT_LAYERSCALE, _FELT_POSITIONS = 0.1, 0.1
+_DROWNING_POSITIONS = 10.0  # beside which patches are not felt
+_MANY_PASSES = 1000  # over the images, above which more are likely wasted
+_FEW_PATCHES = 6  # high and wide, of a global crop
 
 
 @dataclass(frozen=True)
@@ -38,32 +41,50 @@ def warnings(config: Config, world_size: int, dataset_size: int | None) -> list[
         world_size: training processes.
         dataset_size: training images; None where they have not been counted.
     """
-    found = [*_batch(config, world_size), *_losses(config), *_distillation(config), *_schedules(config, world_size)]
+    found = [*_batch(config, world_size), *_patches(config), *_losses(config), *_distillation(config)]
+    found += _schedules(config, world_size)
     if dataset_size is not None:
         found += _dataset(config, world_size, dataset_size)
     return found
 
 
-def when_features_do_not_improve(config: Config, dataset_size: int | None = None) -> str:
+def when_features_do_not_improve(config: Config, dataset_size: int | None = None, world_size: int = 1) -> str:
     """What to change, and is not set already, where the teacher's k-NN accuracy falls or stays low. One line.
 
     Args:
         dataset_size: training images; None where that is not known.
+        world_size: training processes.
     """
-    student, rate = config.student, "optim.lr" if config.optim.lr > 0 else "optim.base_lr"
-    centred = config.train.centering == "centering"
-    words = []
+    student, words = config.student, []
+    small, centred = (dataset_size or 0) <= _SMALL_DATA, config.train.centering == "centering"
     if config.MODEL.WEIGHTS or student.pretrained_weights:  # how a network starts is settled
         words += ["recipes=[sinkhorn]"] if centred else []
-    elif (dataset_size or 0) <= _SMALL_DATA and (centred or _starts_as_the_reference(config)):
+    elif small and (centred or _starts_as_the_reference(config)):
         words.append("recipes=[small_data]")
+    elif small:
+        words += ["student.linear_init=lecun_normal"] if student.linear_init != "lecun_normal" else []
+        words += ["student.pos_embed_std=2"] if student.pos_embed_std > _DROWNING_POSITIONS else []
     lone, fp16 = config.train.batch_size_per_gpu == 1, precision(config, on_gpu=True) == "fp16"
     if config.dino.koleo_loss_weight == 0 and not lone and not fp16:
         words.append("dino.koleo_loss_weight=0.1")
+    if 2 * (passes(config, world_size, dataset_size) if dataset_size else 0) <= _MANY_PASSES:
+        words.append(f"optim.epochs={2 * config.optim.epochs} (twice as long, where it still rises)")
+    rate = "optim.lr" if config.optim.lr > 0 else "optim.base_lr"
     if half := (config.optim.lr or config.optim.base_lr) / 2:
         words.append(f"{rate}={half:.3g} (half of it)")
-    words.append(f"optim.epochs={2 * config.optim.epochs} (twice as long, where it still rises)")
     return f"try in a new train.output_dir, one after the other: {', '.join(words)}"
+
+
+def _patches(config: Config) -> Iterator[Advice]:
+    size, patch = config.crops.global_crops_size, config.student.patch_size
+    smaller = 8 if size > 32 else 4
+    from_weights = config.MODEL.WEIGHTS or config.student.pretrained_weights
+    if size // patch < _FEW_PATCHES and patch > smaller and not from_weights:
+        yield Advice(
+            f"global crops of {size} px are {size // patch} x {size // patch} patches of {patch} px: few to tell parts "
+            "of an image apart, or to mask",
+            f"type student.patch_size={smaller}",
+        )
 
 
 def _batch(config: Config, world_size: int) -> Iterator[Advice]:
@@ -185,8 +206,8 @@ def _schedules(config: Config, world_size: int) -> Iterator[Advice]:
             "(docs/distillation.md)",
         )
     momentum = config.teacher.momentum_teacher
-    lower = round(max(1 - 20 / iterations, 0.5), 3)
-    if momentum < 1 and 1 / (1 - momentum) > iterations / 4 and not from_weights:
+    lower = momentum_for(iterations)
+    if momentum < 1 and 1 / (1 - momentum) > max(iterations / 4, 2) and not from_weights:
         yield Advice(
             f"teacher.momentum_teacher={momentum:g} averages over {1 / (1 - momentum):,.0f} iterations of a run of "
             f"{iterations:,}: the teacher stays near its random start",
@@ -241,7 +262,7 @@ def _dataset(config: Config, world_size: int, dataset_size: int) -> Iterator[Adv
                 f"type {_SECTIONS[name]}.head_n_prototypes={fitting}",
             )
     count = passes(config, world_size, dataset_size)
-    if count > 1000:
+    if count > _MANY_PASSES:
         fewer = max(config.optim.epochs * 300 // int(count), 1)
         yield Advice(
             f"{count:,.0f} passes over the data: most of that time is likely wasted",

@@ -4,6 +4,7 @@ Each rule is a function of what is known, gives its reason, and comes to the ref
 many images and iterations as the reference has. docs/small-data.md shows what they were measured on.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,10 @@ from dinocomp.config.schema import Config
 ASSUMED_IMAGES = 100_000  # where they have not been counted
 ASSUMED_SIDE = 256  # pixels, where no image has been seen
 _MANY = 1_000_000  # images from which on the reference's values hold
+_LEAST_PROTOTYPES, _IMAGES_EACH = 128, 16
+_LEAST_MOMENTUM, _AVERAGES = 0.5, 20  # as long as the run
+_FULL_RATE = 1024  # images an iteration that the reference's learning rate is anchored at
+_LEAST_PATCHES = 4  # high and wide, of a global crop
 _REFERENCE = Config()  # whose defaults are the reference's
 
 
@@ -75,67 +80,94 @@ def choose(config: Config, keys: Collection[str], facts: Facts) -> tuple[Config,
 def _images(facts: Facts) -> tuple[int, str]:
     """How many images a rule goes by, and how it speaks of them."""
     if facts.images is None:
-        return ASSUMED_IMAGES, f"as for {ASSUMED_IMAGES:,} images, which are not counted yet (--images N)"
+        return ASSUMED_IMAGES, f"{ASSUMED_IMAGES:,} images, assumed: they are not counted yet (--images N)"
     return facts.images, f"{facts.images:,} images"
 
 
 def prototypes_for(images: int) -> int:
     """How many prototypes go with so many images: the power of two nearest below one for 16 images, 128 to 65536."""
     most = _REFERENCE.dino.head_n_prototypes
-    return min(max(1 << max((images // 16).bit_length() - 1, 0), 128), most)
+    return min(max(1 << max((images // _IMAGES_EACH).bit_length() - 1, 0), _LEAST_PROTOTYPES), most)
 
 
-def _prototypes(config: Config, facts: Facts) -> tuple[int, str]:
+def momentum_for(iterations: int) -> float:
+    """Which momentum averages over a twentieth of so many iterations, 0.5 to the reference's 0.992."""
+    return round(min(max(1 - _AVERAGES / iterations, _LEAST_MOMENTUM), _REFERENCE.teacher.momentum_teacher), 4)
+
+
+def _dino_prototypes(config: Config, facts: Facts) -> tuple[int, str]:
     images, said = _images(facts)
-    return prototypes_for(images), f"one for 16 of {said}, as a power of two from 128 to 65,536"
+    least, most = _LEAST_PROTOTYPES, _REFERENCE.dino.head_n_prototypes
+    reason = f"a power of two from {least} to {most:,}, one for {_IMAGES_EACH} of {said}"
+    return prototypes_for(images), reason
+
+
+def _ibot_prototypes(config: Config, facts: Facts) -> tuple[int, str]:
+    prototypes, reason = _dino_prototypes(config, facts)
+    return prototypes, reason if config.ibot.separate_head else "of no use: ibot.separate_head=false"
 
 
 def _momentum(config: Config, facts: Facts) -> tuple[float, str]:
     iterations = total_iterations(config)
-    momentum = round(min(max(1 - 20 / iterations, 0.9), _REFERENCE.teacher.momentum_teacher), 4)
-    return momentum, f"averages over {1 / (1 - momentum):.0f} iterations: a twentieth of {iterations:,}, from 10 to 125"
+    momentum, wanted = momentum_for(iterations), iterations / _AVERAGES
+    said = f"averages over {1 / (1 - momentum):.0f} iterations"
+    if momentum == _REFERENCE.teacher.momentum_teacher:
+        return momentum, f"{said}, as the reference's and the most; a twentieth of {iterations:,} is {wanted:,.0f}"
+    if momentum == _LEAST_MOMENTUM:
+        return momentum, f"{said}, the fewest; a twentieth of {iterations:,} is {wanted:.1f}"
+    return momentum, f"{said}: a twentieth of {iterations:,}"
 
 
 def _teacher_temp(config: Config, facts: Facts) -> tuple[float, str]:
     images, said = _images(facts)
     reference = _REFERENCE.teacher.teacher_temp
     if images >= _MANY:
-        return reference, f"the reference's: {said}"
+        return reference, f"the reference's, from {_MANY:,} images on: {said}"
     start = config.teacher.warmup_teacher_temp
-    return start, f"as at the start: sharp targets to the end, for {said} ({reference:g} from {_MANY:,} images on)"
+    return start, f"as at the start, sharp to the end ({reference:g} from {_MANY:,} images on): {said}"
 
 
 def _temp_warmup(config: Config, facts: Facts) -> tuple[int, str]:
-    epochs, most = config.optim.epochs, _REFERENCE.teacher.warmup_teacher_temp_epochs
     if config.teacher.teacher_temp == config.teacher.warmup_teacher_temp:
         return 0, "the temperature does not change"
-    return min(most, -(-epochs * 3 // 10)), f"three tenths of {epochs} official epochs, rounded up, at most {most}"
+    return _part("three tenths", 0.3, config.optim.epochs, _REFERENCE.teacher.warmup_teacher_temp_epochs)
 
 
 def _warmup(config: Config, facts: Facts) -> tuple[int, str]:
-    epochs, most = config.optim.epochs, _REFERENCE.optim.warmup_epochs
-    return min(most, -(-epochs // 10)), f"a tenth of {epochs} official epochs, rounded up, at most {most}"
+    if config.optim.epochs == 1:
+        return 0, "the run is one official epoch; more and shorter ones can be warmed up over"
+    return _part("a tenth", 0.1, config.optim.epochs, _REFERENCE.optim.warmup_epochs)
+
+
+def _part(words: str, share: float, epochs: int, most: int) -> tuple[int, str]:
+    """So much of a run, in whole official epochs."""
+    part = min(math.ceil(round(share * epochs, 6)), most)
+    return part, f"{words} of the run's {epochs:,} official epochs, rounded up, at most {most}"
 
 
 def _base_lr(config: Config, facts: Facts) -> tuple[float, str]:
+    """Below the batch it is anchored at, the rate falls with the batch and not its square root, to half of that."""
     images = images_per_iteration(config, facts.world_size)
-    reference = _REFERENCE.optim.base_lr
-    rate = reference / 2 if images < 512 else reference
-    return rate, f"{images:,} images an iteration: the reference's {reference:g} from 512 on, half of it below"
+    reference, share = _REFERENCE.optim.base_lr, min(max((images / _FULL_RATE) ** 0.5, 0.5), 1.0)
+    rate = round(reference * share, 6)
+    there = f"{_FULL_RATE:,} on, half of it up to {_FULL_RATE // 4}, in between by the square root"
+    return rate, f"{images:,} images an iteration: the reference's {reference:g} from {there}"
 
 
 def _global_size(config: Config, facts: Facts) -> tuple[int, str]:
     patch, side, most = config.student.patch_size, facts.side or ASSUMED_SIDE, _REFERENCE.crops.global_crops_size
-    size = max(min(-(-side // patch), most // patch), 4) * patch
-    seen = f"images of {side} px" if facts.side else f"as for images of {side} px, for none has been seen yet"
-    return size, f"{seen}, in whole patches of {patch} px: at most {most} px, but 4 x 4 patches at least"
+    size = max(min(-(-side // patch), most // patch), _LEAST_PATCHES) * patch
+    seen = f"images of {side} px" if facts.side else f"images of {side} px, assumed: none has been seen yet"
+    least = f"{_LEAST_PATCHES} x {_LEAST_PATCHES} patches at least"
+    return size, f"in whole patches of {patch} px, at most {most} px, but {least}; {seen}"
 
 
 def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
     patch, size = config.student.patch_size, config.crops.global_crops_size
     reference = _REFERENCE.crops
     share = reference.local_crops_size / reference.global_crops_size
-    return max(round(size * share / patch), 2) * patch, f"3/7 of {size} px, in whole patches of {patch} px"
+    of = f"{reference.local_crops_size}/{reference.global_crops_size}"
+    return max(round(size * share / patch), 2) * patch, f"{of} of {size} px, in whole patches of {patch} px"
 
 
 def _local_number(config: Config, facts: Facts) -> tuple[int, str]:
@@ -146,8 +178,8 @@ def _local_number(config: Config, facts: Facts) -> tuple[int, str]:
 
 
 RULES: dict[str, Rule] = {
-    "dino.head_n_prototypes": _prototypes,
-    "ibot.head_n_prototypes": _prototypes,
+    "dino.head_n_prototypes": _dino_prototypes,
+    "ibot.head_n_prototypes": _ibot_prototypes,
     "teacher.momentum_teacher": _momentum,
     "teacher.teacher_temp": _teacher_temp,
     "teacher.warmup_teacher_temp_epochs": _temp_warmup,

@@ -14,6 +14,7 @@ from dinocomp.data.index import INDEX, cached_index, check_files, read_index
 from dinocomp.data.listing import Source
 from dinocomp.data.part import read_item
 from dinocomp.data.reader import BadImage, Images, Keeping, open_local, open_remote
+from dinocomp.data.tars import first_images
 from dinocomp.errors import DataError
 from dinocomp.hints import obstacle
 
@@ -127,8 +128,9 @@ def survey_images(
         # A shard that cannot be had is no reason to go on without.
         return Survey(len(images), _usual_side(lambda number: images[number].image, among, look, skip=BadImage))
     items = source.items
-    if any(item.offset >= 0 and item.path.lower().endswith("gz") for item in items):  # in a compressed tar
-        return Survey(len(items), None)
+    if items[0].offset >= 0 and items[0].path.lower().endswith("gz"):  # a compressed tar is read from its beginning
+        first = first_images(Path(items[0].path), look)
+        return Survey(len(items), _usual_side(first.__getitem__, len(first), look, skip=DataError))
     return Survey(len(items), _usual_side(lambda number: read_item(items[number]), len(items), look, skip=DataError))
 
 

@@ -2,7 +2,10 @@
 
 import os
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from dinocomp.data.listing import IMAGE_ENDINGS, SPLIT_FOLDERS, ClassName, Source, make_items, printable
@@ -44,20 +47,38 @@ def tar_sources(tars: list[Path], origin: Path) -> dict[str, Source]:
 def list_tar(path: Path) -> tuple[list[tuple[str, int, int, int]], int]:
     """Images of a tar as (key, offset, size, changed) and the number of other files; offsets are uncompressed ones."""
     members, skipped = [], 0
-    try:
+    with _opened(path) as tar:
         changed = path.stat().st_mtime_ns
+        for member in tar:
+            if key := _image_key(member):
+                members.append((printable(key), member.offset_data, member.size, changed))
+            elif not member.isdir():
+                skipped += 1
+    return members, skipped
+
+
+def first_images(path: Path, number: int) -> list[bytes]:
+    """The first image files of a tar, compressed or not, as they are."""
+    with _opened(path) as tar:
+        return [tar.extractfile(member).read() for member in islice(filter(_image_key, tar), number)]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tarfile.TarFile]:
+    """Raises DataError: it cannot be read, when it is opened or later."""
+    try:
         with tarfile.open(path) as tar:
-            for member in tar:
-                key = member.name.removeprefix("./")
-                hidden = any(part.startswith(".") for part in key.split("/"))
-                if member.isfile() and not hidden and os.path.splitext(key)[1].lower() in IMAGE_ENDINGS:
-                    members.append((printable(key), member.offset_data, member.size, changed))
-                elif not member.isdir():
-                    skipped += 1
+            yield tar
     except (tarfile.TarError, EOFError, OSError) as error:
         reason = str(error).partition(":\n")[0]  # of each way of unpacking that was tried, tarfile adds a line
         raise DataError(f"the tar file {path} cannot be read: {reason}; copy or download it again") from None
-    return members, skipped
+
+
+def _image_key(member: tarfile.TarInfo) -> str:
+    """The name of an image in a tar; nothing of other files, and of hidden ones."""
+    key = member.name.removeprefix("./")
+    hidden = any(part.startswith(".") for part in key.split("/"))
+    return key if member.isfile() and not hidden and os.path.splitext(key)[1].lower() in IMAGE_ENDINGS else ""
 
 
 def tar_stem(path: Path) -> str:

@@ -168,7 +168,8 @@ def _features(record: RunRecord) -> list[Verdict]:
             where = "best_teacher.safetensors" if kept else f"evaluation/iteration-{knn.best_iteration:08d}"
             remedy.append(f"The better teacher is kept in {where}.")
         if record.config:
-            advice = when_features_do_not_improve(record.config, record.facts.get("data", {}).get("images"))
+            images, processes = record.facts.get("data", {}).get("images"), record.facts.get("world_size", 1)
+            advice = when_features_do_not_improve(record.config, images, processes)
             remedy.append(f"{advice[0].upper()}{advice[1:]}.")
         found.append(Verdict("watch", f"{'; '.join(signs)}.", " ".join(remedy)))
     if knn.last_iteration == knn.first_iteration:

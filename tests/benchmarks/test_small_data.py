@@ -23,8 +23,9 @@ def test_every_row_is_a_run_and_no_two_are_alike(name: str) -> None:
     path = str(Path(small_data.__file__).parent / "small_data" / f"{name}.yaml")
     needs = small_data.NEEDS[name].split()
     made = [
-        (small_data.SPREAD_BY.get(row), load_config(path, [*words.split(), *needs], Facts(5_679, 64)).config)
+        (small_data.SPREAD_BY.get(row), load_config(path, [*needs, *words.split()], Facts(5_679, 64)).config)
         for row, words in small_data.ROWS.items()
+        if name in small_data.ONLY.get(row, small_data.SETS)
     ]
     assert all(one != other for one, other in combinations(made, 2))
 
@@ -39,7 +40,7 @@ def record(
 def test_a_row_of_the_table_is_the_mean_of_its_seeds() -> None:
     records = [
         record("digits", "small_data", 0, 0.5, 0.9, 0.98, 0.96, 0.96, pixels=0.986),
-        record("digits", "small_data", 1, 0.6, 0.9, 0.94, 0.95, 0.98),
+        record("digits", "small_data", 1, 0.6, 0.9, 0.94, 0.90, 0.98),  # falls, and rises again
         record("digits", "reference", 0, 0.5, 0.5, 0.5, 0.5, 0.6),
         record("emoji", "no KoLeo", 0, 0.2, 0.2, 0.2, 0.2, 0.1),
         record("emoji", "no KoLeo", 0, 0.1, 0.1, 0.1, 0.1, 0.1, images=1500),
@@ -51,12 +52,17 @@ def test_a_row_of_the_table_is_the_mean_of_its_seeds() -> None:
         "| row | start | half-way | end | seeds | largest fall |",
         "|---|---|---|---|---|---|",
         "| reference | 50.0 | 50.0 | 60.0 | one | 0.0 |",
-        "| small_data | 55.0 | 96.0 | 97.0 | 96.0..98.0 | 2.0 |",
+        "| small_data | 55.0 | 96.0 | 97.0 | 96.0..98.0 (2) | 4.0 |",
     ]
     assert emoji.strip().splitlines()[-2:] == [
         "| no KoLeo, of 1,500 images | 10.0 | 10.0 | 10.0 | one | 0.0 |",
         "| no KoLeo | 20.0 | 20.0 | 10.0 | one | 10.0 |",
     ]
+
+
+def test_runs_evaluated_at_other_iterations_are_no_row() -> None:
+    with pytest.raises(ValueError, match="different iterations"):
+        small_data.table([record("digits", "reference", 0, 0.5, 0.6), record("digits", "reference", 1, 0.5)])
 
 
 def test_what_is_recorded_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

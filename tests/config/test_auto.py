@@ -1,10 +1,12 @@
 """What `auto` stands for."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from dinocomp.config import load_config
+from dinocomp.config.advice import warnings
 from dinocomp.config.auto import ASSUMED_IMAGES, RULES, Facts, choose, prototypes_for
 from dinocomp.config.keys import walk
 from dinocomp.config.load import LoadedConfig, all_keys
@@ -90,6 +92,37 @@ def test_rules_see_what_was_chosen_before_them() -> None:
     )
 
 
+def test_learning_rate_falls_smoothly_to_half() -> None:
+    def rate(images: int, gpus: int = 1) -> float:
+        words = ["optim.base_lr=auto", f"train.batch_size_per_gpu={images}"]
+        return load_config("vits16", words, Facts(world_size=gpus)).config.optim.base_lr
+
+    assert [rate(64), rate(256), rate(64, 16), rate(1024, 8)] == [0.002, 0.002, 0.004, 0.004]
+    assert 0.002 < rate(511) < rate(512) == rate(64, 8) < rate(513) < 0.004
+    assert rate(512) - rate(511) < 1e-5
+
+
+def test_reasons_say_which_bound_holds() -> None:
+    def momentum(iterations: int) -> tuple[float, str]:
+        words = ["teacher.momentum_teacher=auto", f"train.OFFICIAL_EPOCH_LENGTH={iterations}", "optim.epochs=1"]
+        (choice,) = load_config("vits16", [*words, "optim.warmup_epochs=0"]).chosen
+        return choice.value, choice.reason
+
+    assert momentum(1000) == (0.98, "averages over 50 iterations: a twentieth of 1,000")
+    most = "averages over 125 iterations, as the reference's and the most; a twentieth of 250,000 is 12,500"
+    assert momentum(250_000) == (0.992, most)
+    assert momentum(30) == (0.5, "averages over 2 iterations, the fewest; a twentieth of 30 is 1.5")
+
+
+def test_nothing_is_said_against_what_auto_chooses() -> None:
+    for epochs, length, batch in ((1, 5000, 64), (1, 10, 64), (3, 10, 64), (10, 50, 64), (400, 250, 1024)):
+        words = [f"optim.epochs={epochs}", f"train.OFFICIAL_EPOCH_LENGTH={length}", f"train.batch_size_per_gpu={batch}"]
+        words += ["recipes=[small_data]", "student.patch_size=8", "optim.freeze_last_layer_epochs=0"]
+        loaded = load_config("vits16", words, Facts(20_000, 64))
+        told = " ".join(advice.remedy for advice in warnings(loaded.config, 1, 20_000))
+        assert not [choice.key for choice in loaded.chosen if choice.key in told]
+
+
 def test_short_runs_warm_up_too() -> None:
     words = ["optim.warmup_epochs=auto", "teacher.warmup_teacher_temp_epochs=auto", "optim.epochs=5"]
     found = chosen(load_config("vits16", words, Facts(5_679, 64)))
@@ -122,9 +155,10 @@ def test_other_words_and_other_keys_are_refused(word: str) -> None:
 def test_a_plan_gives_the_reasons() -> None:
     text = describe(load_config("vits16", SMALL, Facts(5_679, 64)), 1, 5_679, {})
     assert "Chosen where it says auto" in text
-    (line,) = (line for line in text.splitlines() if line.strip().startswith("ibot.head_n_prototypes") and "16" in line)
-    assert "256" in line and "5,679 images" in line
-    assert "not counted" in describe(load_config("vits16", SMALL), 1, None, {})
+    reason = "a power of two from 128 to 65,536, one for 16 of 5,679 images"
+    assert re.search(rf"dino.head_n_prototypes +256 +{reason}\n", text)
+    assert re.search(r"ibot.head_n_prototypes +256 +of no use: ibot.separate_head=false\n", text)
+    assert "assumed: they are not counted yet" in describe(load_config("vits16", SMALL), 1, None, {})
     assert "auto" not in describe(load_config("vits16"), 1, 5_679, {})
 
 

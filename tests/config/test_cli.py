@@ -209,9 +209,9 @@ def test_plan_chooses_by_the_images_or_by_a_number_of_them(
     other_rooms["count"] = DataError("no folder x")
     assert cli.main([*words, "--images", "20000"]) == 0
     text = capsys.readouterr().out
-    assert "one for 16 of 20,000 images" in text and "for none has been seen yet" in text
+    assert "one for 16 of 20,000 images" in text and "assumed: none has been seen yet" in text
     assert cli.main(words) == 0
-    assert "as for 100,000 images, which are not counted yet (--images N)" in capsys.readouterr().out
+    assert "one for 16 of 100,000 images, assumed: they are not counted yet (--images N)" in capsys.readouterr().out
     other_rooms["begun"] = Facts(settled={"dino.head_n_prototypes": 4096}, reasons={"dino.head_n_prototypes": "of old"})
     assert cli.main(words) == 0
     assert re.search(r"dino.head_n_prototypes +4096 +of old", capsys.readouterr().out), "the run in that folder goes on"

@@ -157,9 +157,8 @@ def test_a_sound_run_is_not_warned_about() -> None:
     going_on = load_config("quickstart", ["recipes=[from_pretrained]", "student.pretrained_weights=a"]).config
     assert not any("start" in advice.what for advice in warnings(going_on, 1, 100_000))
     assert warnings(load_config("quickstart").config, 1, 1437) == []
-    few = load_config(
-        "vits16", ["recipes=[small_data]", "train.batch_size_per_gpu=64", "optim.epochs=10"], Facts(5_679, 64)
-    ).config
+    words = ["recipes=[small_data]", "train.batch_size_per_gpu=64", "optim.epochs=10", "student.patch_size=8"]
+    few = load_config("vits16", words, Facts(5_679, 64)).config
     assert warnings(few, 1, 5_679) == []
 
 
@@ -184,6 +183,7 @@ def test_a_sound_run_is_not_warned_about() -> None:
         (["teacher.final_momentum_teacher=0.9"], None, "ever more closely", "final_momentum_teacher=1.0"),
         (["optim.lr=1e-7"], None, "above the peak", "optim.min_lr=1e-10"),
         (["checkpoint.save_frequency=101"], None, "starts over", "checkpoint.save_frequency=1"),
+        (["crops.global_crops_size=64", "crops.local_crops_size=32"], None, "4 x 4 patches", "student.patch_size=8"),
         ([], 1437, "1,437 images are few", "add recipes=[small_data]"),
         ([], 1437, "65,536 prototypes in dino_head", "dino.head_n_prototypes=128"),
         ([], 12_000, "65,536 prototypes in dino_head", "dino.head_n_prototypes=512"),
@@ -202,23 +202,35 @@ def test_settings_known_to_fail_are_warned_about(words: list[str], size: int | N
 
 
 SMALL = ("train.centering=sinkhorn_knopp", "student.layerscale=null", "student.pos_embed_std=0.5")
+SMALL += ("student.linear_init=lecun_normal",)
 
 
 @pytest.mark.parametrize(
     ("words", "advice"),
     [
-        ((), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
-        (SMALL, "optim.base_lr=0.002 (half of it)"),
-        ((*SMALL, "optim.lr=0.001"), "optim.lr=0.0005 (half of it)"),
-        ((*SMALL, "train.centering=centering"), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
-        ((*SMALL, "student.layerscale=1e-5"), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
-        ((*SMALL, "student.layerscale=0.1"), "optim.base_lr=0.002 (half of it)"),
-        ((*SMALL, "student.layerscale=0"), "optim.base_lr=0.002 (half of it)"),
-        ((*SMALL, "student.pos_embed_std=0.02"), "recipes=[small_data], optim.base_lr=0.002 (half of it)"),
-        ((*SMALL, "dino.koleo_loss_weight=0"), "dino.koleo_loss_weight=0.1, optim.base_lr=0.002 (half of it)"),
-        ((*SMALL, "dino.koleo_loss_weight=0", "performance.precision=fp16"), "optim.base_lr=0.002 (half of it)"),
-        (("student.pretrained_weights=a",), "recipes=[sinkhorn], optim.base_lr=0.002 (half of it)"),
-        (("MODEL.WEIGHTS=a", SMALL[0]), "optim.base_lr=0.002 (half of it)"),
+        ((), "recipes=[small_data], LONGER, optim.base_lr=0.002 (half of it)"),
+        (SMALL, "LONGER, optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "optim.lr=0.001"), "LONGER, optim.lr=0.0005 (half of it)"),
+        ((*SMALL, "train.centering=centering"), "recipes=[small_data], LONGER, optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.layerscale=1e-5"), "recipes=[small_data], LONGER, optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.layerscale=0.1"), "LONGER, optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.layerscale=0"), "LONGER, optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.pos_embed_std=0.02"), "recipes=[small_data], LONGER, optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.pos_embed_std=100"), "student.pos_embed_std=2, LONGER, optim.base_lr=0.002 (half of it)"),
+        (
+            (*SMALL, "student.linear_init=normal_0.02"),
+            "student.linear_init=lecun_normal, LONGER, optim.base_lr=0.002 (half of it)",
+        ),
+        (
+            (*SMALL, "dino.koleo_loss_weight=0"),
+            "dino.koleo_loss_weight=0.1, LONGER, optim.base_lr=0.002 (half of it)",
+        ),
+        (
+            (*SMALL, "dino.koleo_loss_weight=0", "performance.precision=fp16"),
+            "LONGER, optim.base_lr=0.002 (half of it)",
+        ),
+        (("student.pretrained_weights=a",), "recipes=[sinkhorn], LONGER, optim.base_lr=0.002 (half of it)"),
+        (("MODEL.WEIGHTS=a", SMALL[0]), "LONGER, optim.base_lr=0.002 (half of it)"),
     ],
 )
 def test_what_to_change_where_features_do_not_improve(words: tuple[str, ...], advice: str) -> None:
@@ -226,6 +238,9 @@ def test_what_to_change_where_features_do_not_improve(words: tuple[str, ...], ad
     given = {word.partition("=")[0]: word for word in words}  # the last one counts
     found = when_features_do_not_improve(made(*given.values()))
     longer = "optim.epochs=200 (twice as long, where it still rises)"
-    assert found == f"try in a new train.output_dir, one after the other: {advice}, {longer}"
-    assert when_features_do_not_improve(made(*given.values()), 5_679) == found
+    assert found == f"try in a new train.output_dir, one after the other: {advice.replace('LONGER', longer)}"
+    assert when_features_do_not_improve(made(*given.values()), 30_000) == found
+    for few, processes in ((5_679, 1), (30_000, 8)):
+        enough = when_features_do_not_improve(made(*given.values()), few, processes)
+        assert enough == found.replace(f"{longer}, ", ""), "they see each image a thousand times"
     assert "small_data" not in when_features_do_not_improve(made(*given.values()), 1_281_167), "made for few images"

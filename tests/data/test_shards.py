@@ -58,10 +58,11 @@ def test_a_survey_counts_and_measures_without_converting(
     (folder / "n1" / "damaged.png").write_bytes(b"no picture")
     assert survey_images(str(folder), cache_dir=cache) == Survey(41, 50)
     assert survey_images("digits", cache_dir=cache) == Survey(1438, 8)
-    for name, side in (("a.tar", 50), ("a.tar.gz", None)):  # of what is compressed nothing is looked at
+    for name in ("a.tar", "a.tar.gz"):
         with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as tar:
             tar.add(folder, "images")
-        assert survey_images(str(tmp_path / name), cache_dir=cache) == Survey(41, side)
+        assert survey_images(str(tmp_path / name), cache_dir=cache) == Survey(41, 50)
+    assert survey_images(str(tmp_path / "a.tar.gz"), cache_dir=cache, look=1).images == 41
     assert not Path(cache).exists()
     with pytest.raises(DataError):
         survey_images(str(tmp_path / "nothing"), cache_dir=cache)

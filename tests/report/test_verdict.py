@@ -82,6 +82,6 @@ def test_what_to_do_about_a_decline(tmp_path: Path) -> None:
     first, *_ = verdicts(read_run(write_run(tmp_path / "run", knn={0: 0.5, 500: 0.9, 1000: 0.7}, words=words)))
     assert first.remedy == (
         "The better teacher is kept in evaluation/iteration-00000500. Try in a new train.output_dir, one after the "
-        "other: recipes=[small_data], optim.base_lr=0.004 (half of it), "
-        "optim.epochs=40 (twice as long, where it still rises)."
+        "other: recipes=[small_data], optim.epochs=40 (twice as long, where it still rises), "
+        "optim.base_lr=0.004 (half of it)."
     )
