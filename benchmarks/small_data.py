@@ -54,6 +54,7 @@ ROWS = {
     " optim.weight_decay_end=0.4 student.drop_path_rate=0.3",
     "crops as auto": f"{_OURS} crops.global_crops_size=auto crops.local_crops_size=auto",
     "no DINO": f"{_OURS} dino.loss_weight=0",
+    "batch of 32, twice as long": f"{_OURS} train.batch_size_per_gpu=32 optim.epochs=20",
     "reference, three times as long": "optim.epochs=30",
     "small_data, three times as long": f"{_OURS} optim.epochs=30",
     "reference, twice as wide and deep": _LARGER,
