@@ -23,7 +23,6 @@ _SECTIONS = {"dino_head": "dino", "ibot_head": "ibot"}
 _FELT_LAYERSCALE, _FELT_POSITIONS = 0.1, 0.1
 _DROWNING_POSITIONS = 10.0  # beside which patches are not felt
 _MANY_PASSES = 1000  # over the images, above which more are likely wasted
-_FEW_PATCHES = 6  # high and wide, of a global crop
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,7 @@ def warnings(config: Config, world_size: int, dataset_size: int | None) -> list[
         world_size: training processes.
         dataset_size: training images; None where they have not been counted.
     """
-    found = [*_batch(config, world_size), *_patches(config), *_losses(config), *_distillation(config)]
-    found += _schedules(config, world_size)
+    found = [*_batch(config, world_size), *_losses(config), *_distillation(config), *_schedules(config, world_size)]
     if dataset_size is not None:
         found += _dataset(config, world_size, dataset_size)
     return found
@@ -73,18 +71,6 @@ def when_features_do_not_improve(config: Config, dataset_size: int | None = None
     if half := (config.optim.lr or config.optim.base_lr) / 2:
         words.append(f"{rate}={half:.3g} (half of it)")
     return f"try in a new train.output_dir, one after the other: {', '.join(words)}"
-
-
-def _patches(config: Config) -> Iterator[Advice]:
-    size, patch = config.crops.global_crops_size, config.student.patch_size
-    smaller = 8 if size > 32 else 4
-    from_weights = config.MODEL.WEIGHTS or config.student.pretrained_weights
-    if size // patch < _FEW_PATCHES and patch > smaller and not from_weights:
-        yield Advice(
-            f"global crops of {size} px are {size // patch} x {size // patch} patches of {patch} px: few to tell parts "
-            "of an image apart, or to mask",
-            f"type student.patch_size={smaller}",
-        )
 
 
 def _batch(config: Config, world_size: int) -> Iterator[Advice]:

@@ -157,7 +157,7 @@ def test_a_sound_run_is_not_warned_about() -> None:
     going_on = load_config("quickstart", ["recipes=[from_pretrained]", "student.pretrained_weights=a"]).config
     assert not any("start" in advice.what for advice in warnings(going_on, 1, 100_000))
     assert warnings(load_config("quickstart").config, 1, 1437) == []
-    words = ["recipes=[small_data]", "train.batch_size_per_gpu=64", "optim.epochs=10", "student.patch_size=8"]
+    words = ["recipes=[small_data]", "train.batch_size_per_gpu=64", "optim.epochs=10"]
     few = load_config("vits16", words, Facts(5_679, 64)).config
     assert warnings(few, 1, 5_679) == []
 
@@ -183,7 +183,6 @@ def test_a_sound_run_is_not_warned_about() -> None:
         (["teacher.final_momentum_teacher=0.9"], None, "ever more closely", "final_momentum_teacher=1.0"),
         (["optim.lr=1e-7"], None, "above the peak", "optim.min_lr=1e-10"),
         (["checkpoint.save_frequency=101"], None, "starts over", "checkpoint.save_frequency=1"),
-        (["crops.global_crops_size=64", "crops.local_crops_size=32"], None, "4 x 4 patches", "student.patch_size=8"),
         ([], 1437, "1,437 images are few", "add recipes=[small_data]"),
         ([], 1437, "65,536 prototypes in dino_head", "dino.head_n_prototypes=128"),
         ([], 12_000, "65,536 prototypes in dino_head", "dino.head_n_prototypes=512"),
