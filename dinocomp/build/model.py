@@ -47,6 +47,7 @@ def build_networks(config: Config, *, drop_path_rate: float = 0.0) -> Networks:
     backbone = VisionTransformer(
         **backbone_arguments(config),
         pos_embed_std=config.student.pos_embed_std,
+        pos_embed_blur=config.student.pos_embed_blur,
         linear_init=config.student.linear_init,
         drop_path_rate=drop_path_rate,
         drop_path_uniform=config.student.drop_path_uniform,

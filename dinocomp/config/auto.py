@@ -20,6 +20,7 @@ _LEAST_PROTOTYPES, _IMAGES_EACH = 128, 16
 _LEAST_MOMENTUM, _AVERAGES = 0.5, 20  # of the teacher, one after the other, in a run
 _FULL_RATE = 1024  # images an iteration that the reference's learning rate is anchored at
 _LEAST_PATCHES = 4  # high and wide, of a global crop
+_MANY_PATCHES, _BLUR = 6, 0.125
 _REFERENCE = Config()  # whose defaults are the reference's
 
 
@@ -177,6 +178,16 @@ def _local_number(config: Config, facts: Facts) -> tuple[int, str]:
     return _REFERENCE.crops.local_crops_number, f"the reference's: {patches} patches each"
 
 
+def _pos_embed_blur(config: Config, facts: Facts) -> tuple[float, str]:
+    images, said = _images(facts)
+    side = config.crops.global_crops_size // config.student.patch_size
+    if images >= _MANY:
+        return _REFERENCE.student.pos_embed_blur, f"the reference's, from {_MANY:,} images on: {said}"
+    if side < _MANY_PATCHES:
+        return 0.0, f"{side} x {side} patches, too few to be alike; {_BLUR:g} from {_MANY_PATCHES} x {_MANY_PATCHES} on"
+    return _BLUR, f"an eighth of {side} x {side} patches, for neighbours to begin alike: {said}"
+
+
 RULES: dict[str, Rule] = {
     "dino.head_n_prototypes": _dino_prototypes,
     "ibot.head_n_prototypes": _ibot_prototypes,
@@ -188,4 +199,5 @@ RULES: dict[str, Rule] = {
     "crops.global_crops_size": _global_size,
     "crops.local_crops_size": _local_size,
     "crops.local_crops_number": _local_number,
+    "student.pos_embed_blur": _pos_embed_blur,
 }

@@ -170,6 +170,12 @@ class Student:
     drop_path_rate: float = key(0.3, "fraction of the batch that skips a residual branch", minimum=0, below=1)
     layerscale: float | None = key(1e-5, "initial LayerScale factor (0 or null = no LayerScale)", minimum=0)
     pos_embed_std: float = key(0.02, "standard deviation that position embeddings start with", above=0)
+    pos_embed_blur: float = key(
+        0.0,
+        "blur of position embeddings at the start, so that neighbours are alike (share of the grid's side)",
+        minimum=0,
+        auto=True,
+    )
     linear_init: str = key(
         "normal_0.02",
         "how linear layers' weights start: standard deviation 0.02, or 1 / sqrt(inputs)",

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,6 +32,21 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H / p, W / p, C, p, p]
         return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def blur_pos_embed(pos_embed: Tensor, share: float) -> Tensor:
+    """Position embeddings that are alike where patches are near: blurred by a Gaussian, of the same size as before.
+
+    Args:
+        pos_embed: [1, M * M, dim], of patches only.
+        share: standard deviation of the Gaussian, as a share of the grid's side M.
+    """
+    side = math.isqrt(pos_embed.shape[1])
+    at = torch.arange(side, dtype=torch.float32, device=pos_embed.device)
+    weight = (-(at[:, None] - at).square() / (2 * (share * side) ** 2)).exp()  # [M, M]
+    weight = weight / weight.norm(dim=1, keepdim=True)  # so that each position keeps its size, at the edges too
+    grid = pos_embed.unflatten(1, (side, side)).float()  # [1, M, M, dim]
+    return torch.einsum("ia,jb,zabc->zijc", weight, weight, grid).flatten(1, 2).to(pos_embed.dtype)
 
 
 def interpolate_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, offset: float, antialias: bool) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinocomp.models.init import normal_
+
 
 class WeightNormLinear(nn.Module):
     """A bias-free linear layer whose rows have a learnt length: W = weight_g * weight_v / |weight_v|.
@@ -50,7 +52,7 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential(*layers) if nlayers > 1 else layers[0]
         for module in self.mlp.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
 

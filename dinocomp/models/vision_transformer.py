@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from dinocomp.models.attention import Groups
 from dinocomp.models.block import Block, LayerScale
-from dinocomp.models.embeddings import PatchEmbed, interpolate_pos_embed
+from dinocomp.models.embeddings import PatchEmbed, blur_pos_embed, interpolate_pos_embed
+from dinocomp.models.init import normal_
 
 # For each block the sequences of a crop tensor that drop path keeps: int64 [2, s] (attention, FFN), or None = all.
 Kept = Sequence[Tensor | None]
@@ -46,6 +47,9 @@ class VisionTransformer(nn.Module):
         pos_embed_std: standard deviation that position embeddings start with. Beside projected patches,
             whose numbers start at about 0.6, the usual 0.02 is next to nothing: the network begins as one that sees a
             bag of patches, and takes a long run to find out where they are.
+        pos_embed_blur: standard deviation of a Gaussian that position embeddings are blurred by at the start, as a
+            share of the grid's side; 0 for none. Where patches are many and small, neighbours then begin alike, and
+            what attention gathers at the start are regions, not scattered patches.
         linear_init: how weights of linear layers start: normal_0.02, or lecun_normal, with a standard deviation of
             1 / sqrt(inputs) (LeCun et al. 1998, section 4.6), which keeps the scale of what goes through them. At 0.02
             the blocks of a narrow network (96 wide: 0.1 would keep it) start as next to nothing.
@@ -75,6 +79,7 @@ class VisionTransformer(nn.Module):
         ffn_layer: str = "mlp",
         init_values: float | None = None,
         pos_embed_std: float = 0.02,
+        pos_embed_blur: float = 0.0,
         linear_init: str = "normal_0.02",
         drop_path_rate: float = 0.0,
         drop_path_uniform: bool = False,
@@ -91,6 +96,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.num_register_tokens = num_register_tokens
         self.pos_embed_std = pos_embed_std
+        self.pos_embed_blur = pos_embed_blur
         self.linear_init = linear_init
         self.interpolate_offset = interpolate_offset
         self.interpolate_antialias = interpolate_antialias
@@ -126,16 +132,18 @@ class VisionTransformer(nn.Module):
     def init_weights(self) -> None:
         """(Re)draws every weight from the global generator. The patch projection keeps a convolution's default."""
         nn.init.normal_(self.cls_token, std=1e-6)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        normal_(self.pos_embed, std=0.02)
         with torch.no_grad():  # scaled, so that all that is drawn is the same whatever they start with
             self.pos_embed *= self.pos_embed_std / 0.02
+            if self.pos_embed_blur:
+                self.pos_embed[:, 1:] = blur_pos_embed(self.pos_embed[:, 1:], self.pos_embed_blur)
         nn.init.zeros_(self.mask_token)
         if self.num_register_tokens:
             nn.init.normal_(self.register_tokens, std=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 std = module.in_features**-0.5 if self.linear_init == "lecun_normal" else 0.02
-                nn.init.trunc_normal_(module.weight, std=std)
+                normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, LayerScale):

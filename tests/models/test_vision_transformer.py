@@ -1,6 +1,7 @@
 """The backbone beyond the recorded numbers."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,13 @@ def test_initial_weights() -> None:
     assert bound * 0.95 < model.patch_embed.proj.weight.abs().max() <= bound
 
 
+def test_no_weight_starts_a_hundred_deviations_away() -> None:
+    """In these draws torch's `trunc_normal_` has a -2."""
+    positions = tiny(embed_dim=1536, img_size=64).pos_embed.detach()
+    assert positions.abs().max() <= 6 * 0.02
+    assert positions.std() == pytest.approx(0.02, rel=0.02)
+
+
 def test_position_embeddings_may_start_larger() -> None:
     """The draws are the same, and so is every other weight."""
     torch.manual_seed(0)
@@ -117,6 +125,27 @@ def test_position_embeddings_may_start_larger() -> None:
     torch.testing.assert_close(larger["pos_embed"], usual["pos_embed"] * 25)
     assert larger["pos_embed"].std() == pytest.approx(0.5, rel=0.1)
     assert all(torch.equal(larger[name], usual[name]) for name in usual if name != "pos_embed")
+
+
+def test_position_embeddings_may_start_alike_where_patches_are_near() -> None:
+    """By the distance, at the edges too, and as large as without; what is drawn is the same."""
+    torch.manual_seed(0)
+    usual = tiny(embed_dim=1536, img_size=64).state_dict()
+    torch.manual_seed(0)
+    blurred = tiny(embed_dim=1536, img_size=64, pos_embed_blur=1 / 8).state_dict()
+    assert all(torch.equal(blurred[name], usual[name]) for name in usual if name != "pos_embed")
+    assert torch.equal(blurred["pos_embed"][:, 0], usual["pos_embed"][:, 0]), "the class token's has no neighbours"
+    grid = blurred["pos_embed"][0, 1:].unflatten(0, (8, 8))  # [8, 8, 1536]
+    torch.testing.assert_close(grid.std(-1), torch.full((8, 8), 0.02), rtol=0.1, atol=0)
+
+    def alike(y: int, x: int) -> float:
+        return torch.cosine_similarity(grid[3, 3], grid[y, x], dim=0).item()
+
+    for step in (1, 2, 3):  # exp(-step^2 / 4) of two Gaussians of one patch
+        expected = math.exp(-(step**2) / 4)
+        assert alike(3 + step, 3) == pytest.approx(expected, abs=0.08)
+        assert alike(3, 3 + step) == pytest.approx(expected, abs=0.08)
+    assert abs(alike(7, 7)) < 0.08
 
 
 def test_linear_layers_may_keep_the_scale_of_what_goes_through_them() -> None:
