@@ -29,6 +29,7 @@ SETS = ("digits", "emoji", "fashion")
 
 # What each row adds to the set's YAML: the reference's way, ours, then ours with one thing changed.
 _OURS = "recipes=[small_data]"
+_AUTO_CROPS = "crops.global_crops_size=auto crops.local_crops_size=auto"
 _LARGER = "student.embed_dim=192 student.depth=6 student.num_heads=6"
 ROWS = {
     "reference": "",
@@ -52,10 +53,11 @@ ROWS = {
     " crops.solarize_probability=0.2",
     "reference's decays and drop path": f"{_OURS} optim.layerwise_decay=0.9 optim.patch_embed_lr_mult=0.2"
     " optim.weight_decay_end=0.4 student.drop_path_rate=0.3",
-    "crops as auto": f"{_OURS} crops.global_crops_size=auto crops.local_crops_size=auto",
-    "crops as auto, patches of 16": f"{_OURS} crops.global_crops_size=auto crops.local_crops_size=auto"
-    " student.patch_size=16",
+    "crops as auto": f"{_OURS} {_AUTO_CROPS}",
+    "crops as auto, no blur": f"{_OURS} {_AUTO_CROPS} student.pos_embed_blur=0",
+    "crops as auto, patches of 16": f"{_OURS} {_AUTO_CROPS} student.patch_size=16",
     "patches of 4": f"{_OURS} student.patch_size=4",
+    "patches of 4, no blur": f"{_OURS} student.patch_size=4 student.pos_embed_blur=0",
     "no DINO": f"{_OURS} dino.loss_weight=0",
     "batch of 32, twice as long": f"{_OURS} train.batch_size_per_gpu=32 optim.epochs=20",
     "reference, three times as long": "optim.epochs=30",
@@ -63,8 +65,8 @@ ROWS = {
     "reference, twice as wide and deep": _LARGER,
     "small_data, twice as wide and deep": f"{_OURS} {_LARGER}",
 }
-# Rows that are `small_data` itself in other sets, or need larger images.
-ONLY = {"crops as auto": ("emoji",), "crops as auto, patches of 16": ("emoji",), "patches of 4": ("emoji",)}
+# Rows that are made for one set: others have no larger images, or are cut into patches of 4 anyway.
+ONLY = {row: ("emoji",) for row in ROWS if row.startswith(("crops as auto", "patches of 4"))}
 # Rows whose runs are of `benchmarks.rivals`.
 SPREAD_BY = {"KDE for KoLeo": "kde", "coding rate for KoLeo": "coding_rate", "SIGReg for KoLeo": "sigreg"}
 # What a set needs whatever the row: no colours where there are none, and smaller crops than images, so that a run takes
