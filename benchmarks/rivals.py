@@ -1,4 +1,4 @@
-"""What spreads class tokens in KoLeo's place, measured for docs/small-data.md and no part of dinocomp.
+"""What spreads class tokens in KoLeo's place, measured for docs/small-data-log.md and no part of dinocomp.
 
     python -m benchmarks.rivals kde benchmarks/small_data/digits.yaml recipes=[small_data] train.output_dir=out
 

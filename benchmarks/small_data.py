@@ -44,9 +44,6 @@ ROWS = {
     "KoLeo 0.1": f"{_OURS} dino.koleo_loss_weight=0.1",
     "KoLeo 1": f"{_OURS} dino.koleo_loss_weight=1",
     "no KoLeo": f"{_OURS} dino.koleo_loss_weight=0",
-    "KDE for KoLeo": _OURS,
-    "coding rate for KoLeo": f"{_OURS} dino.koleo_loss_weight=1",
-    "SIGReg for KoLeo": _OURS,
     "4,096 prototypes": f"{_OURS} dino.head_n_prototypes=4096",
     "reference's crops and colours": f"{_OURS} crops.global_crops_scale=[0.32,1.0] crops.local_crops_scale=[0.05,0.32]"
     " crops.color_jitter_probability=0.8 crops.grayscale_probability=0.2 crops.blur_probability=[0.0,0.9,0.5]"
@@ -67,8 +64,6 @@ ROWS = {
 }
 # Rows that are made for one set: others have no larger images, or are cut into patches of 4 anyway.
 ONLY = {row: ("emoji",) for row in ROWS if row.startswith(("crops as auto", "patches of 4"))}
-# Rows whose runs are of `benchmarks.rivals`.
-SPREAD_BY = {"KDE for KoLeo": "kde", "coding rate for KoLeo": "coding_rate", "SIGReg for KoLeo": "sigreg"}
 # What a set needs whatever the row: no colours where there are none, and smaller crops than images, so that a run takes
 # two minutes on one core.
 NEEDS = {
@@ -95,8 +90,7 @@ def train(name: str, row: str, seed: int, data: str, images: int | None, more: S
         f"train.seed={seed}",
     ]
     with TemporaryDirectory() as folder:
-        module = ["benchmarks.rivals", SPREAD_BY[row]] if row in SPREAD_BY else ["dinocomp.train"]
-        command = [sys.executable, "-m", *module, str(_HERE / "small_data" / f"{name}.yaml"), *words]
+        command = [sys.executable, "-m", "dinocomp.train", str(_HERE / "small_data" / f"{name}.yaml"), *words]
         start = time.monotonic()
         done = subprocess.run(
             [*command, f"train.output_dir={folder}/run"],
