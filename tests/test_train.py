@@ -61,16 +61,18 @@ def test_auto_is_settled_when_a_run_begins(tmp_path: Path, capsys: pytest.Captur
     auto["teacher__teacher_temp"] = 0.07
     output = tmp_path / "run"
     assert main(["quickstart", *words(output, **auto)]) == 0
-    assert "auto: dino.head_n_prototypes=128: one for 16 of 1,438 images" in capsys.readouterr().out
+    chosen = "auto: dino.head_n_prototypes=128: a power of two from 128 to 65,536, one for 16 of 1,438 images"
+    assert chosen in capsys.readouterr().out
     text = (output / "config.yaml").read_text()
-    assert "# auto: dino.head_n_prototypes=128: one for 16 of 1,438 images" in text
+    assert f"# {chosen}" in text
     begun = yaml.safe_load(text)
     assert begun["dino"]["head_n_prototypes"] == 128 and begun["teacher"]["warmup_teacher_temp_epochs"] == 1
     assert load_checkpoint(output, 12)["state"]["model"]["student_dino_head.net.last_layer.weight_v"].shape[0] == 128
 
     assert main(["quickstart", *words(output, **auto, optim__epochs=7)]) == 0
     assert yaml.safe_load((output / "config.yaml").read_text())["teacher"]["warmup_teacher_temp_epochs"] == 1
-    assert "auto: teacher.warmup_teacher_temp_epochs=1: three tenths of 3 official epochs" in capsys.readouterr().out
+    kept = "auto: teacher.warmup_teacher_temp_epochs=1: three tenths of the run's 3 official epochs"
+    assert kept in capsys.readouterr().out
     assert main(["quickstart", *words(tmp_path / "new", **auto, optim__epochs=7)]) == 0
     assert yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())["teacher"]["warmup_teacher_temp_epochs"] == 3
 

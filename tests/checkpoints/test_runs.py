@@ -48,8 +48,11 @@ def test_another_machine_keeps_what_auto_was_when_the_run_began(
     assert main(command(tmp_path / "other", **auto, optim__epochs=21)) == 0
     text = (tmp_path / "other" / "config.yaml").read_text()
     assert yaml.safe_load(text)["optim"]["warmup_epochs"] == 1, "a new run of 21 epochs would have 3"
-    assert "# auto: optim.warmup_epochs=1: a tenth of 3 official epochs" in text, "with the reason of then"
-    for folder, planned in (("other", "1 +a tenth of 3 official epochs"), ("new", "3 +a tenth of 30")):
+    assert "# auto: optim.warmup_epochs=1: a tenth of the run's 3 official epochs" in text, "with the reason of then"
+    for folder, planned in (
+        ("other", "1 +a tenth of the run's 3 official epochs"),
+        ("new", "3 +a tenth of the run's 30"),
+    ):
         assert cli.main(["plan", *command(tmp_path / folder, **auto, optim__epochs=30)]) == 0
         assert re.search(f"optim.warmup_epochs +{planned}", capsys.readouterr().out)
 
