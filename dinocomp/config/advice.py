@@ -193,7 +193,7 @@ def _schedules(config: Config, world_size: int) -> Iterator[Advice]:
         )
     momentum = config.teacher.momentum_teacher
     lower = momentum_for(iterations)
-    if momentum < 1 and 1 / (1 - momentum) > max(iterations / 4, 2) and not from_weights:
+    if momentum < 1 and 1 / (1 - momentum) > iterations / 4 and not from_weights:
         yield Advice(
             f"teacher.momentum_teacher={momentum:g} averages over {1 / (1 - momentum):,.0f} iterations of a run of "
             f"{iterations:,}: the teacher stays near its random start",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dinocomp.config.derive import images_per_iteration, total_iterations
+from dinocomp.config.derive import ANCHOR, images_per_iteration, total_iterations
 from dinocomp.config.keys import show, with_values
 from dinocomp.config.schema import Config
 
@@ -18,7 +18,6 @@ ASSUMED_SIDE = 256  # pixels, where no image has been seen
 _MANY = 1_000_000  # images from which on the reference's values hold
 _LEAST_PROTOTYPES, _IMAGES_EACH = 128, 16
 _LEAST_MOMENTUM, _AVERAGES = 0.5, 20  # of the teacher, one after the other, in a run
-_FULL_RATE = 1024  # images an iteration that the reference's learning rate is anchored at
 _LEAST_PATCHES = 4  # high and wide, of a global crop
 _MANY_PATCHES, _BLUR = 6, 0.125
 _REFERENCE = Config()  # whose defaults are the reference's
@@ -149,9 +148,9 @@ def _part(words: str, share: float, epochs: int, most: int) -> tuple[int, str]:
 def _base_lr(config: Config, facts: Facts) -> tuple[float, str]:
     """Below the batch it is anchored at, the rate falls with the batch and not its square root, to half of that."""
     images = images_per_iteration(config, facts.world_size)
-    reference, share = _REFERENCE.optim.base_lr, min(max((images / _FULL_RATE) ** 0.5, 0.5), 1.0)
+    reference, share = _REFERENCE.optim.base_lr, min(max((images / ANCHOR) ** 0.5, 0.5), 1.0)
     rate = round(reference * share, 6)
-    there = f"{_FULL_RATE:,} on, half of it up to {_FULL_RATE // 4}, in between by the square root"
+    there = f"{ANCHOR:,} on, half of it up to {ANCHOR // 4}, in between by the square root"
     return rate, f"{images:,} images an iteration: the reference's {reference:g} from {there}"
 
 

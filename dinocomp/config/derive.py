@@ -79,11 +79,15 @@ def passes(config: Config, world_size: int, dataset_size: int) -> float:
     return total_iterations(config) * images_per_iteration(config, world_size) / dataset_size
 
 
+ANCHOR = 1024
+"""Images an iteration at which the peak learning rate is `optim.base_lr` itself."""
+
+
 def peak_learning_rate(config: Config, world_size: int) -> float:
     """`optim.lr` where it is given, else base_lr * sqrt(global batch / 1024) (the reference's `sqrt_wrt_1024`)."""
     if config.optim.lr > 0:
         return config.optim.lr
-    return config.optim.base_lr * math.sqrt(images_per_iteration(config, world_size) / 1024)
+    return config.optim.base_lr * math.sqrt(images_per_iteration(config, world_size) / ANCHOR)
 
 
 def checkpoint_interval(config: Config) -> int:

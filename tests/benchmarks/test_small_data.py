@@ -127,6 +127,17 @@ def test_a_part_of_a_set_is_always_the_same(tmp_path: Path) -> None:
         small_sets.keep(tmp_path / "one", 8)
 
 
+def test_a_folder_that_holds_other_things_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = tmp_path / "photos" / "train" / "mine.png"
+    photo.parent.mkdir(parents=True)
+    photo.touch()
+    words = ["emoji", "--packages", str(tmp_path), "--images", "0", "--out", str(tmp_path / "photos")]
+    monkeypatch.setattr("sys.argv", ["x", *words])
+    with pytest.raises(SystemExit):
+        small_sets.main()
+    assert photo.exists()
+
+
 def test_fashion_from_its_files(tmp_path: Path) -> None:
     folder = tmp_path / "usr/share/datasets/fashion-mnist"
     folder.mkdir(parents=True)

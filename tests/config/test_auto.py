@@ -102,6 +102,15 @@ def test_learning_rate_falls_smoothly_to_half() -> None:
     assert rate(512) - rate(511) < 1e-5
 
 
+def test_positions_begin_alike_where_patches_are_many_and_images_few() -> None:
+    def blur(side: int, patch: int, images: int) -> float:
+        words = ["recipes=[small_data]", f"student.patch_size={patch}"]
+        return load_config("vits16", words, Facts(images, side)).config.student.pos_embed_blur
+
+    assert [blur(64, 16, 5_679), blur(40, 8, 5_679), blur(48, 8, 5_679), blur(64, 8, 5_679)] == [0, 0, 0.125, 0.125]
+    assert blur(224, 16, 999_999) == 0.125 and blur(224, 16, 1_000_000) == Config().student.pos_embed_blur
+
+
 def test_reasons_say_which_bound_holds() -> None:
     def momentum(iterations: int) -> tuple[float, str]:
         words = ["teacher.momentum_teacher=auto", f"train.OFFICIAL_EPOCH_LENGTH={iterations}", "optim.epochs=1"]
