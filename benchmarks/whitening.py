@@ -1,0 +1,70 @@
+"""How much of a run's k-NN accuracy is learnt: its teacher beside its random start, both also whitened.
+
+    python -m benchmarks.whitening output/e --seeds 0 1 2
+
+Class tokens of an untrained network all point the same way. KoLeo spreads them, and that alone raises k-NN accuracy,
+though nothing was learnt of images; whitening does the same without training. What a run taught is what its teacher has
+above its whitened start.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinocomp.build.model import build_networks
+from dinocomp.config import load_config
+from dinocomp.data import open_images
+from dinocomp.evaluate.features import Features, extract_features
+from dinocomp.evaluate.knn import knn_accuracy
+from dinocomp.interop import load
+
+
+def whiten(train: Tensor, val: Tensor, least: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """Both turned, shifted and scaled so that the columns of `train` have mean 0, variance 1 and no correlation.
+
+    Args:
+        train, val: [n, D] and [m, D].
+        least: directions in which `train` spreads less than this share of the most are left out: they are rounding.
+
+    Returns:
+        [n, D'] and [m, D'], D' at most D.
+    """
+    mean = train.mean(0)
+    _, spread, directions = torch.linalg.svd((train - mean).double(), full_matrices=False)  # [D], [D, D]
+    kept = spread > least * spread[0]
+    scaled = directions[kept].T / spread[kept] * len(train) ** 0.5  # [D, D']
+    return ((train - mean).double() @ scaled).float(), ((val - mean).double() @ scaled).float()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="its output folder; its images need the splits train and val")
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of random starts")
+    given = parser.parse_args()
+    teacher = load(given.run)
+    config = load_config(str(given.run / "config.yaml")).config
+    images = [open_images(config.train.dataset_path, split=split) for split in ("train", "val")]
+    resize, crop = teacher.view
+    extract = partial(extract_features, resize=resize, crop=crop, normalize=teacher.transform.normalize, batch_size=256)
+
+    def show(name: str, net: torch.nn.Module) -> None:
+        train, val = (extract(net.eval(), of_split) for of_split in images)
+        both = [(train.vectors, val.vectors), whiten(train.vectors, val.vectors)]
+        raw, white = (
+            knn_accuracy(Features(a, train.labels), Features(b, val.labels), ks=[given.k], temperature=0.07)[given.k]
+            for a, b in both
+        )
+        print(f"{name}: {100 * raw:.1f} %, whitened {100 * white:.1f} %", flush=True)
+
+    for seed in given.seeds:
+        torch.manual_seed(seed)
+        show(f"random start {seed}", build_networks(config).backbone)
+    show("teacher", teacher.net)
+
+
+if __name__ == "__main__":
+    main()
