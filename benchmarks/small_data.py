@@ -2,6 +2,7 @@
 
     python -m benchmarks.small_data digits --seeds 0 1 2 --record docs/small-data.jsonl
     python -m benchmarks.small_data emoji --data /data/emoji --seeds 0 1 2 --record docs/small-data.jsonl
+    python -m benchmarks.small_data emoji --data /data/emoji --times 6 --record docs/small-data.jsonl
     python -m benchmarks.small_data --record docs/small-data.jsonl --table
 
 Each row is a run of `benchmarks/small_data/SET.yaml`, which holds what makes it small (network, crop and batch sizes,
@@ -25,6 +26,7 @@ from typing import Any
 from benchmarks.record import cpu_model
 
 _HERE = Path(__file__).parent
+_EPOCHS, _EVERY = 10, 125  # official epochs, and iterations from one evaluation to the next, in each set's YAML
 SETS = ("digits", "emoji", "fashion")
 
 # What each row adds to the set's YAML: the reference's way, ours, then ours with one thing changed.
@@ -56,9 +58,10 @@ ROWS = {
     "patches of 4": f"{_OURS} student.patch_size=4",
     "patches of 4, no blur": f"{_OURS} student.patch_size=4 student.pos_embed_blur=0",
     "no DINO": f"{_OURS} dino.loss_weight=0",
+    "no iBOT": f"{_OURS} ibot.loss_weight=0",
+    "KoLeo alone": f"{_OURS} dino.loss_weight=0 ibot.loss_weight=0",
+    "milder crops": f"{_OURS} crops.global_crops_scale=[0.7,1.0] crops.local_crops_scale=[0.3,0.7]",
     "batch of 32, twice as long": f"{_OURS} train.batch_size_per_gpu=32 optim.epochs=20",
-    "reference, three times as long": "optim.epochs=30",
-    "small_data, three times as long": f"{_OURS} optim.epochs=30",
     "reference, twice as wide and deep": _LARGER,
     "small_data, twice as wide and deep": f"{_OURS} {_LARGER}",
 }
@@ -73,18 +76,21 @@ NEEDS = {
 }
 
 
-def train(name: str, row: str, seed: int, data: str, images: int | None, more: Sequence[str]) -> dict[str, Any]:
+def train(
+    name: str, row: str, seed: int, data: str, images: int | None, times: int, more: Sequence[str]
+) -> dict[str, Any]:
     """One run on one core, and what it was worth: k-NN accuracies of the first k by iteration.
 
     Args:
         images: how many `data` holds, where it is a part of the set; only recorded.
+        times: how many times as long as the set's YAML (or the row) says; evaluated as often.
 
     Raises:
         RuntimeError: it failed, with the end of what it said.
     """
     words = [
         *NEEDS[name].split(),
-        *ROWS[row].split(),
+        *lengthened(ROWS[row].split(), times),
         *([f"train.dataset_path={data}"] if data else []),
         *more,
         f"train.seed={seed}",
@@ -107,6 +113,7 @@ def train(name: str, row: str, seed: int, data: str, images: int | None, more: S
         "set": name,
         "row": row,
         "images": images,
+        "times": times,
         "words": ROWS[row],
         "more": list(more),
         "seed": seed,
@@ -117,40 +124,59 @@ def train(name: str, row: str, seed: int, data: str, images: int | None, more: S
     }
 
 
+def lengthened(words: Sequence[str], times: int) -> list[str]:
+    """The words of a run, and those that make it longer."""
+    if times == 1:
+        return list(words)
+    epochs = int(dict(word.split("=", 1) for word in words).get("optim.epochs", _EPOCHS))
+    return [
+        *(word for word in words if not word.startswith("optim.epochs=")),
+        f"optim.epochs={times * epochs}",
+        f"evaluation.eval_period_iterations={times * _EVERY}",
+    ]
+
+
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table for each set: accuracy at the start, half-way and at the end, its spread over seeds, and how far
-    it has ever been below its best until then.
+    """A Markdown table for each set and length: accuracy at the start, half-way and at the end, its spread over seeds,
+    and how far it has ever been below its best until then.
 
     Raises:
         ValueError: runs of a row were evaluated at different iterations.
     """
-    parts = []
-    for name in dict.fromkeys(record["set"] for record in records):
-        of_set = [record for record in records if record["set"] == name]
-        known = [record["pixels"] for record in of_set if record["pixels"] is not None]
-        pixels = f"; raw pixels {100 * known[0]:.1f} %" if known else ""
-        lines = [
-            f"**{name}**{pixels}\n",
-            "| row | start | half-way | end | seeds | largest fall |",
-            "|---|---|---|---|---|---|",
-        ]
-        parts_of = sorted({record["images"] for record in of_set if record["images"]})
-        for row, images in product(ROWS, [*parts_of, None]):
-            runs = [record["knn"] for record in of_set if (record["row"], record["images"]) == (row, images)]
-            if not runs:
-                continue
-            if any(run.keys() != runs[0].keys() for run in runs):
-                raise ValueError(f"{name}, {row}: runs were evaluated at different iterations")
-            scores = [[100 * score for score in run.values()] for run in runs]
-            ends = [run[-1] for run in scores]
-            fall = max(best - score for run in scores for best, score in zip(accumulate(run, max), run, strict=True))
-            cells = [mean(run[at] for run in scores) for at in (0, (len(scores[0]) - 1) // 2, -1)]
-            spread = f"{min(ends):.1f}..{max(ends):.1f} ({len(ends)})" if len(ends) > 1 else "one"
-            shown = " | ".join(f"{cell:.1f}" for cell in cells)
-            label = f"{row}, of {images:,} images" if images else row
-            lines.append(f"| {label} | {shown} | {spread} | {fall:.1f} |")
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+    return "\n".join(
+        _table(name, times, [record for record in records if (record["set"], record["times"]) == (name, times)])
+        for name in dict.fromkeys(record["set"] for record in records)
+        for times in sorted({record["times"] for record in records if record["set"] == name})
+    )
+
+
+def _table(name: str, times: int, records: Sequence[Mapping[str, Any]]) -> str:
+    """The table of one set and length."""
+    known = [record["pixels"] for record in records if record["pixels"] is not None]
+    lines = [
+        f"**{name}**"
+        + (f", {times} times as long" if times > 1 else "")
+        + (f"; raw pixels {100 * known[0]:.1f} %" if known else "")
+        + "\n",
+        "| row | start | half-way | end | seeds | largest fall |",
+        "|---|---|---|---|---|---|",
+    ]
+    parts = sorted({record["images"] for record in records if record["images"]})
+    for row, images in product(ROWS, [*parts, None]):
+        runs = [record["knn"] for record in records if (record["row"], record["images"]) == (row, images)]
+        if not runs:
+            continue
+        if any(run.keys() != runs[0].keys() for run in runs):
+            raise ValueError(f"{name}, {row}: runs were evaluated at different iterations")
+        scores = [[100 * score for score in run.values()] for run in runs]
+        ends = [run[-1] for run in scores]
+        fall = max(best - score for run in scores for best, score in zip(accumulate(run, max), run, strict=True))
+        cells = [mean(run[at] for run in scores) for at in (0, (len(scores[0]) - 1) // 2, -1)]
+        spread = f"{min(ends):.1f}..{max(ends):.1f} ({len(ends)})" if len(ends) > 1 else "one"
+        shown = " | ".join(f"{cell:.1f}" for cell in cells)
+        label = f"{row}, of {images:,} images" if images else row
+        lines.append(f"| {label} | {shown} | {spread} | {fall:.1f} |")
+    return "\n".join(lines) + "\n"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -165,6 +191,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images", type=int, metavar="N", help="how many --data holds, where it is a part of the set")
+    parser.add_argument("--times", type=int, default=1, metavar="N", help="how many times as long each run is")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one core")
     parser.add_argument("--record", type=Path, required=True, metavar="FILE", help="each run adds a line of JSON")
     parser.add_argument("--table", action="store_true", help="print what is recorded, run nothing")
@@ -182,11 +209,11 @@ def main() -> None:
         parser.error(
             f"{given.record} holds runs with other settings ({' '.join(other[0]) or 'none'}): give another file"
         )
-    recorded = {(record["row"], record["seed"]) for record in alike}
+    recorded = {(record["row"], record["seed"]) for record in alike if record["times"] == given.times}
     wanted = [(row, seed) for seed in given.seeds for row in rows if (row, seed) not in recorded]
 
     def run(job: tuple[str, int]) -> None:
-        found = train(given.set, *job, given.data, given.images, given.more)
+        found = train(given.set, *job, given.data, given.images, given.times, given.more)
         with given.record.open("a") as file:
             file.write(json.dumps(found) + "\n")
         print(f"{given.set} {job[0]}, seed {job[1]}: {100 * list(found['knn'].values())[-1]:.1f} %", flush=True)

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import struct
 import tarfile
 from itertools import combinations
@@ -30,11 +31,31 @@ def test_every_row_is_a_run_and_no_two_are_alike(name: str) -> None:
     assert all(one != other for one, other in combinations(made, 2))
 
 
+def test_a_longer_run_is_evaluated_as_often() -> None:
+    path = str(Path(small_data.__file__).parent / "small_data" / "digits.yaml")
+    for row, epochs in (("small_data", 30), ("batch of 32, twice as long", 60)):
+        once, longer = (
+            load_config(path, small_data.lengthened(small_data.ROWS[row].split(), times), Facts(1_438, 8)).config
+            for times in (1, 3)
+        )
+        assert longer.optim.epochs == 3 * once.optim.epochs == epochs
+        every = longer.evaluation.eval_period_iterations
+        assert every == 3 * once.evaluation.eval_period_iterations
+        assert longer.dino == once.dino
+
+
 def record(
-    name: str, row: str, seed: int, *accuracies: float, pixels: float | None = None, images: int | None = None
+    name: str,
+    row: str,
+    seed: int,
+    *accuracies: float,
+    pixels: float | None = None,
+    images: int | None = None,
+    times: int = 1,
 ) -> dict:
     knn = {str(125 * place): value for place, value in enumerate(accuracies)}
-    return {"set": name, "row": row, "images": images, "more": [], "seed": seed, "knn": knn, "pixels": pixels}
+    of = {"set": name, "row": row, "images": images, "times": times, "more": [], "seed": seed}
+    return of | {"knn": knn, "pixels": pixels}
 
 
 def test_a_row_of_the_table_is_the_mean_of_its_seeds() -> None:
@@ -44,8 +65,9 @@ def test_a_row_of_the_table_is_the_mean_of_its_seeds() -> None:
         record("digits", "reference", 0, 0.5, 0.5, 0.5, 0.5, 0.6),
         record("emoji", "no KoLeo", 0, 0.2, 0.2, 0.2, 0.2, 0.1),
         record("emoji", "no KoLeo", 0, 0.1, 0.1, 0.1, 0.1, 0.1, images=1500),
+        record("emoji", "small_data", 0, 0.2, 0.4, 0.5, times=6),
     ]
-    digits, emoji = small_data.table(records).split("\n\n**emoji**")
+    digits, emoji, longer = re.split(r"\n\n(?=\*\*)", small_data.table(records))
     assert digits.splitlines() == [
         "**digits**; raw pixels 98.6 %",
         "",
@@ -58,6 +80,8 @@ def test_a_row_of_the_table_is_the_mean_of_its_seeds() -> None:
         "| no KoLeo, of 1,500 images | 10.0 | 10.0 | 10.0 | one | 0.0 |",
         "| no KoLeo | 20.0 | 20.0 | 10.0 | one | 10.0 |",
     ]
+    assert longer.splitlines()[0] == "**emoji**, 6 times as long"
+    assert longer.strip().splitlines()[-1] == "| small_data | 20.0 | 40.0 | 50.0 | one | 0.0 |"
 
 
 def test_runs_evaluated_at_other_iterations_are_no_row() -> None:
@@ -69,15 +93,17 @@ def test_what_is_recorded_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     path, ran = tmp_path / "record.jsonl", []
     path.write_text(json.dumps(record("digits", "reference", 0, 0.5)) + "\n")
 
-    def train(name: str, row: str, seed: int, data: str, images: int | None, more: list[str]) -> dict:
-        ran.append((name, row, seed, data, images, more))
-        return record(name, row, seed, 0.5, 0.75, images=images)
+    def train(name: str, row: str, seed: int, data: str, images: int | None, times: int, more: list[str]) -> dict:
+        ran.append((name, row, seed, data, images, times, more))
+        return record(name, row, seed, 0.5, 0.75, images=images, times=times)
 
     monkeypatch.setattr(small_data, "train", train)
     rows = ["--rows", "reference", "small_data", "--seeds", "0", "1", "--jobs", "1"]
     monkeypatch.setattr("sys.argv", ["x", "digits", *rows, "--record", str(path)])
     small_data.main()
-    assert ran == [("digits", *job, "", None, []) for job in (("small_data", 0), ("reference", 1), ("small_data", 1))]
+    assert ran == [
+        ("digits", *job, "", None, 1, []) for job in (("small_data", 0), ("reference", 1), ("small_data", 1))
+    ]
     assert [(line["row"], line["seed"]) for line in small_data.read(path)] == [("reference", 0), *(r[1:3] for r in ran)]
     monkeypatch.setattr("sys.argv", ["x", "digits", *rows, "--record", str(path), "optim.epochs=1"])
     with pytest.raises(SystemExit):  # they would be of another table
@@ -85,7 +111,11 @@ def test_what_is_recorded_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     ran.clear()
     monkeypatch.setattr("sys.argv", ["x", "digits", *rows[:2], "--images", "500", "--record", str(path)])
     small_data.main()
-    assert ran == [("digits", "reference", 0, "", 500, [])], "of fewer images nothing is recorded"
+    assert ran == [("digits", "reference", 0, "", 500, 1, [])], "of fewer images nothing is recorded"
+    ran.clear()
+    monkeypatch.setattr("sys.argv", ["x", "digits", *rows[:2], "--times", "6", "--record", str(path)])
+    small_data.main()
+    assert ran == [("digits", "reference", 0, "", None, 6, [])], "nor of longer runs"
 
 
 def test_emoji_from_packages(tmp_path: Path) -> None:
