@@ -1,4 +1,4 @@
-"""How much of a run's k-NN accuracy is learnt: its teacher beside its random start, both also whitened.
+"""How much of a run's k-NN accuracy is learnt: its teacher beside raw pixels and its random start, all also whitened.
 
     python -m benchmarks.whitening output/e --seeds 0 1 2
 
@@ -19,15 +19,16 @@ from dinocomp.config import load_config
 from dinocomp.data import open_images
 from dinocomp.evaluate.features import Features, extract_features
 from dinocomp.evaluate.knn import knn_accuracy
+from dinocomp.evaluate.pixels import Thumbnails
 from dinocomp.interop import load
 
 
-def whiten(train: Tensor, val: Tensor, least: float = 1e-4) -> tuple[Tensor, Tensor]:
+def whiten(train: Tensor, val: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """Both turned, shifted and scaled so that the columns of `train` have mean 0, variance 1 and no correlation.
 
     Args:
         train, val: [n, D] and [m, D].
-        least: directions in which `train` spreads less than this share of the most are left out: they are rounding.
+        least: directions in which `train` spreads less than this share of the most are left out.
 
     Returns:
         [n, D'] and [m, D'], D' at most D.
@@ -51,15 +52,16 @@ def main() -> None:
     resize, crop = teacher.view
     extract = partial(extract_features, resize=resize, crop=crop, normalize=teacher.transform.normalize, batch_size=256)
 
-    def show(name: str, net: torch.nn.Module) -> None:
+    def show(name: str, net: torch.nn.Module, least: float = 1e-4) -> None:
         train, val = (extract(net.eval(), of_split) for of_split in images)
-        both = [(train.vectors, val.vectors), whiten(train.vectors, val.vectors)]
+        both = [(train.vectors, val.vectors), whiten(train.vectors, val.vectors, least)]
         raw, white = (
             knn_accuracy(Features(a, train.labels), Features(b, val.labels), ks=[given.k], temperature=0.07)[given.k]
             for a, b in both
         )
         print(f"{name}: {100 * raw:.1f} %, whitened {100 * white:.1f} %", flush=True)
 
+    show("raw pixels", Thumbnails(), least=0.1)  # most differences of neighbouring pixels are noise
     for seed in given.seeds:
         torch.manual_seed(seed)
         show(f"random start {seed}", build_networks(config).backbone)

@@ -13,14 +13,20 @@ class PatchEmbed(nn.Module):
     The weights are those of a convolution, as published ones are; computed is one matrix product over all patches,
     which matrix units do at full speed and convolutions of so large a stride do not.
 
+    Args:
+        blur: see `blur_patch_filters`; 0 starts the filters as a convolution's.
+
     Raises:
         ValueError: the image is not a whole number of patches high and wide.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+    def __init__(self, patch_size: int, in_chans: int, dim: int, *, blur: float = 0.0) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        if blur:
+            with torch.no_grad():
+                self.proj.weight.copy_(blur_patch_filters(self.proj.weight, blur))
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -34,6 +40,22 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
+def blur_patch_filters(weight: Tensor, share: float) -> Tensor:
+    """Patch projections that look at regions, not at single pixels: blurred by a Gaussian, and scaled so that patches
+    of one colour are answered as loudly as before.
+
+    Args:
+        weight: [dim, C, p, p], drawn independently.
+        share: standard deviation of the Gaussian, as a share of the patch's side p.
+    """
+    side = weight.shape[-1]
+    blur = _gaussian(side, share, weight.device)
+    blur = blur / blur.sum(dim=1, keepdim=True)
+    # A filter's sum is c W c with c = blur.sum(0): of a variance of |c|^4 of its weights', before p^2.
+    gain = side / blur.sum(dim=0).square().sum()
+    return (gain * torch.einsum("ia,jb,dcab->dcij", blur, blur, weight.float())).to(weight.dtype)
+
+
 def blur_pos_embed(pos_embed: Tensor, share: float) -> Tensor:
     """Position embeddings that are alike where patches are near: blurred by a Gaussian, of the same size as before.
 
@@ -42,11 +64,16 @@ def blur_pos_embed(pos_embed: Tensor, share: float) -> Tensor:
         share: standard deviation of the Gaussian, as a share of the grid's side M.
     """
     side = math.isqrt(pos_embed.shape[1])
-    at = torch.arange(side, dtype=torch.float32, device=pos_embed.device)
-    weight = (-(at[:, None] - at).square() / (2 * (share * side) ** 2)).exp()  # [M, M]
+    weight = _gaussian(side, share, pos_embed.device)
     weight = weight / weight.norm(dim=1, keepdim=True)  # so that each position keeps its size, at the edges too
     grid = pos_embed.unflatten(1, (side, side)).float()  # [1, M, M, dim]
     return torch.einsum("ia,jb,zabc->zijc", weight, weight, grid).flatten(1, 2).to(pos_embed.dtype)
+
+
+def _gaussian(side: int, share: float, device: torch.device) -> Tensor:
+    """[side, side]: how much each place counts for each; the standard deviation is a share of the side."""
+    at = torch.arange(side, dtype=torch.float32, device=device)
+    return (-(at[:, None] - at).square() / (2 * (share * side) ** 2)).exp()
 
 
 def interpolate_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, offset: float, antialias: bool) -> Tensor:

@@ -44,6 +44,9 @@ class VisionTransformer(nn.Module):
         qkv_bias, proj_bias, ffn_bias: whether these linear layers have a bias.
         ffn_layer: mlp, swiglu, swiglufused (the same) or identity.
         init_values: start of LayerScale; 0 or None for none.
+        patch_embed_blur: standard deviation of a Gaussian that the filters of the patch projection are blurred by at the
+            start, as a share of the patch's side; 0 for none. Random filters weigh the differences of neighbouring
+            pixels as much as colours and shapes, which are most of what is alike in images of one kind.
         pos_embed_std: standard deviation that position embeddings start with. Beside projected patches,
             whose numbers start at about 0.6, the usual 0.02 is next to nothing: the network begins as one that sees a
             bag of patches, and takes a long run to find out where they are.
@@ -78,6 +81,7 @@ class VisionTransformer(nn.Module):
         ffn_bias: bool = True,
         ffn_layer: str = "mlp",
         init_values: float | None = None,
+        patch_embed_blur: float = 0.0,
         pos_embed_std: float = 0.02,
         pos_embed_blur: float = 0.0,
         linear_init: str = "normal_0.02",
@@ -101,7 +105,7 @@ class VisionTransformer(nn.Module):
         self.interpolate_offset = interpolate_offset
         self.interpolate_antialias = interpolate_antialias
 
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, blur=patch_embed_blur)
         num_patches = (img_size // patch_size) ** 2
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, embed_dim))
@@ -130,7 +134,7 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """(Re)draws every weight from the global generator. The patch projection keeps a convolution's default."""
+        """(Re)draws every weight from the global generator, but for the patch projection, which draws its own."""
         nn.init.normal_(self.cls_token, std=1e-6)
         normal_(self.pos_embed, std=0.02)
         with torch.no_grad():  # scaled, so that all that is drawn is the same whatever they start with

@@ -16,7 +16,8 @@ def test_columns_are_uncorrelated_and_the_held_out_rows_are_moved_with_them() ->
     torch.manual_seed(0)
     of_all = 5 + torch.randn(300, 8) @ torch.randn(8, 8)
     constant = torch.full((300, 1), 7.0)
-    train_rows, val_rows = whitening.whiten(torch.cat([of_all, constant], dim=1), torch.cat([of_all, constant], dim=1))
+    rows = torch.cat([of_all, constant], dim=1)
+    train_rows, val_rows = whitening.whiten(rows, rows, least=1e-4)
     assert train_rows.shape == (300, 8)  # without the column that says nothing
     torch.testing.assert_close(train_rows.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
     torch.testing.assert_close(train_rows.T @ train_rows / 300, torch.eye(8), atol=1e-3, rtol=0)
@@ -28,11 +29,13 @@ def test_a_run_is_compared_with_its_start(
 ) -> None:
     run = tmp_path / "run"
     assert not train.main([yaml_of_nothing(tmp_path), *words(run, evaluation__at_start="true")])
-    measured = [json.loads(line)["knn_top1"]["5"] for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    evaluations = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    measured = [line["knn_top1"]["5"] for line in evaluations]
     monkeypatch.setattr(sys, "argv", ["whitening", str(run), "--k", "5"])
     capsys.readouterr()
     whitening.main()
-    start, teacher = capsys.readouterr().out.splitlines()
+    pixels, start, teacher = capsys.readouterr().out.splitlines()
+    assert pixels.startswith(f"raw pixels: {100 * evaluations[0]['pixels_top1']['5']:.1f} %, whitened ")
     assert start.startswith(f"random start 0: {100 * measured[0]:.1f} %, whitened ")
     assert teacher.startswith(f"teacher: {100 * measured[-1]:.1f} %, whitened ")
-    assert all(float(line.split()[-2]) > 50 for line in (start, teacher))  # of 10 classes
+    assert all(float(line.split()[-2]) > 50 for line in (pixels, start, teacher))  # of 10 classes
