@@ -13,20 +13,14 @@ class PatchEmbed(nn.Module):
     The weights are those of a convolution, as published ones are; computed is one matrix product over all patches,
     which matrix units do at full speed and convolutions of so large a stride do not.
 
-    Args:
-        blur: see `blur_patch_filters`; 0 starts the filters as a convolution's.
-
     Raises:
         ValueError: the image is not a whole number of patches high and wide.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int, *, blur: float = 0.0) -> None:
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
-        if blur:
-            with torch.no_grad():
-                self.proj.weight.copy_(blur_patch_filters(self.proj.weight, blur))
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]

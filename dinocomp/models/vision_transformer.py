@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dinocomp.models.attention import Groups
 from dinocomp.models.block import Block, LayerScale
-from dinocomp.models.embeddings import PatchEmbed, blur_pos_embed, interpolate_pos_embed
+from dinocomp.models.embeddings import PatchEmbed, blur_patch_filters, blur_pos_embed, interpolate_pos_embed
 from dinocomp.models.init import normal_
 
 # For each block the sequences of a crop tensor that drop path keeps: int64 [2, s] (attention, FFN), or None = all.
@@ -99,13 +99,14 @@ class VisionTransformer(nn.Module):
         self.embed_dim = embed_dim
         self.patch_size = patch_size
         self.num_register_tokens = num_register_tokens
+        self.patch_embed_blur = patch_embed_blur
         self.pos_embed_std = pos_embed_std
         self.pos_embed_blur = pos_embed_blur
         self.linear_init = linear_init
         self.interpolate_offset = interpolate_offset
         self.interpolate_antialias = interpolate_antialias
 
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, blur=patch_embed_blur)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         num_patches = (img_size // patch_size) ** 2
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, embed_dim))
@@ -134,7 +135,7 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """(Re)draws every weight from the global generator, but for the patch projection, which draws its own."""
+        """(Re)draws every weight from the global generator. The patch projection starts as a convolution's default, blurred."""
         nn.init.normal_(self.cls_token, std=1e-6)
         normal_(self.pos_embed, std=0.02)
         with torch.no_grad():  # scaled, so that all that is drawn is the same whatever they start with
@@ -154,6 +155,10 @@ class VisionTransformer(nn.Module):
                 nn.init.constant_(module.gamma, module.init_value)
             elif isinstance(module, (nn.Conv2d, nn.LayerNorm)):
                 module.reset_parameters()
+        if self.patch_embed_blur:
+            with torch.no_grad():
+                filters = self.patch_embed.proj.weight
+                filters.copy_(blur_patch_filters(filters, self.patch_embed_blur))
 
     @property
     def num_prefix_tokens(self) -> int:
