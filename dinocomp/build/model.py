@@ -46,7 +46,6 @@ def build_networks(config: Config, *, drop_path_rate: float = 0.0) -> Networks:
     """
     backbone = VisionTransformer(
         **backbone_arguments(config),
-        patch_embed_blur=config.student.patch_embed_blur,
         pos_embed_std=config.student.pos_embed_std,
         pos_embed_blur=config.student.pos_embed_blur,
         linear_init=config.student.linear_init,

@@ -22,7 +22,6 @@ _EFFECTS = {
     "compute_precision.": "safe, the numbers differ by rounding",
     "train.device": "safe, the numbers differ by rounding",
     "MODEL.": "not used, the run goes on from its own checkpoint",
-    "student.patch_embed_blur": "not used, the run goes on from its own checkpoint",
     "student.pos_embed_blur": "not used, the run goes on from its own checkpoint",
     "student.pos_embed_std": "not used, the run goes on from its own checkpoint",
     "student.linear_init": "not used, the run goes on from its own checkpoint",

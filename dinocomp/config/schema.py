@@ -169,9 +169,6 @@ class Student:
     patch_size: int = key(16, "side of a patch (pixels)", minimum=1)
     drop_path_rate: float = key(0.3, "fraction of the batch that skips a residual branch", minimum=0, below=1)
     layerscale: float | None = key(1e-5, "initial LayerScale factor (0 or null = no LayerScale)", minimum=0)
-    patch_embed_blur: float = key(
-        0.0, "blur of the patch projection's filters at the start (share of the patch's side)", minimum=0
-    )
     pos_embed_std: float = key(0.02, "standard deviation that position embeddings start with", above=0)
     pos_embed_blur: float = key(
         0.0,

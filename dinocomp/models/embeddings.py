@@ -34,22 +34,6 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
-def blur_patch_filters(weight: Tensor, share: float) -> Tensor:
-    """Patch projections that look at regions, not at single pixels: blurred by a Gaussian, and scaled so that patches
-    of one colour are answered as loudly as before.
-
-    Args:
-        weight: [dim, C, p, p], drawn independently.
-        share: standard deviation of the Gaussian, as a share of the patch's side p.
-    """
-    side = weight.shape[-1]
-    blur = _gaussian(side, share, weight.device)
-    blur = blur / blur.sum(dim=1, keepdim=True)
-    # A filter's sum is c W c with c = blur.sum(0): of a variance of |c|^4 of its weights', before p^2.
-    gain = side / blur.sum(dim=0).square().sum()
-    return (gain * torch.einsum("ia,jb,dcab->dcij", blur, blur, weight.float())).to(weight.dtype)
-
-
 def blur_pos_embed(pos_embed: Tensor, share: float) -> Tensor:
     """Position embeddings that are alike where patches are near: blurred by a Gaussian, of the same size as before.
 
@@ -58,16 +42,11 @@ def blur_pos_embed(pos_embed: Tensor, share: float) -> Tensor:
         share: standard deviation of the Gaussian, as a share of the grid's side M.
     """
     side = math.isqrt(pos_embed.shape[1])
-    weight = _gaussian(side, share, pos_embed.device)
+    at = torch.arange(side, dtype=torch.float32, device=pos_embed.device)
+    weight = (-(at[:, None] - at).square() / (2 * (share * side) ** 2)).exp()  # [M, M]
     weight = weight / weight.norm(dim=1, keepdim=True)  # so that each position keeps its size, at the edges too
     grid = pos_embed.unflatten(1, (side, side)).float()  # [1, M, M, dim]
     return torch.einsum("ia,jb,zabc->zijc", weight, weight, grid).flatten(1, 2).to(pos_embed.dtype)
-
-
-def _gaussian(side: int, share: float, device: torch.device) -> Tensor:
-    """[side, side]: how much each place counts for each; the standard deviation is a share of the side."""
-    at = torch.arange(side, dtype=torch.float32, device=device)
-    return (-(at[:, None] - at).square() / (2 * (share * side) ** 2)).exp()
 
 
 def interpolate_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, offset: float, antialias: bool) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dinocomp.models.attention import Groups
 from dinocomp.models.block import Block, LayerScale
-from dinocomp.models.embeddings import PatchEmbed, blur_patch_filters, blur_pos_embed, interpolate_pos_embed
+from dinocomp.models.embeddings import PatchEmbed, blur_pos_embed, interpolate_pos_embed
 from dinocomp.models.init import normal_
 
 # For each block the sequences of a crop tensor that drop path keeps: int64 [2, s] (attention, FFN), or None = all.
@@ -44,9 +44,6 @@ class VisionTransformer(nn.Module):
         qkv_bias, proj_bias, ffn_bias: whether these linear layers have a bias.
         ffn_layer: mlp, swiglu, swiglufused (the same) or identity.
         init_values: start of LayerScale; 0 or None for none.
-        patch_embed_blur: standard deviation of a Gaussian that the filters of the patch projection are blurred by at the
-            start, as a share of the patch's side; 0 for none. Random filters weigh the differences of neighbouring
-            pixels as much as colours and shapes, which are most of what is alike in images of one kind.
         pos_embed_std: standard deviation that position embeddings start with. Beside projected patches,
             whose numbers start at about 0.6, the usual 0.02 is next to nothing: the network begins as one that sees a
             bag of patches, and takes a long run to find out where they are.
@@ -81,7 +78,6 @@ class VisionTransformer(nn.Module):
         ffn_bias: bool = True,
         ffn_layer: str = "mlp",
         init_values: float | None = None,
-        patch_embed_blur: float = 0.0,
         pos_embed_std: float = 0.02,
         pos_embed_blur: float = 0.0,
         linear_init: str = "normal_0.02",
@@ -99,7 +95,6 @@ class VisionTransformer(nn.Module):
         self.embed_dim = embed_dim
         self.patch_size = patch_size
         self.num_register_tokens = num_register_tokens
-        self.patch_embed_blur = patch_embed_blur
         self.pos_embed_std = pos_embed_std
         self.pos_embed_blur = pos_embed_blur
         self.linear_init = linear_init
@@ -135,7 +130,7 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """(Re)draws every weight from the global generator. The patch projection starts as a convolution's default, blurred."""
+        """(Re)draws every weight from the global generator. The patch projection keeps a convolution's default."""
         nn.init.normal_(self.cls_token, std=1e-6)
         normal_(self.pos_embed, std=0.02)
         with torch.no_grad():  # scaled, so that all that is drawn is the same whatever they start with
@@ -155,10 +150,6 @@ class VisionTransformer(nn.Module):
                 nn.init.constant_(module.gamma, module.init_value)
             elif isinstance(module, (nn.Conv2d, nn.LayerNorm)):
                 module.reset_parameters()
-        if self.patch_embed_blur:
-            with torch.no_grad():
-                filters = self.patch_embed.proj.weight
-                filters.copy_(blur_patch_filters(filters, self.patch_embed_blur))
 
     @property
     def num_prefix_tokens(self) -> int:

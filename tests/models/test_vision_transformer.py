@@ -148,33 +148,6 @@ def test_position_embeddings_may_start_alike_where_patches_are_near() -> None:
     assert abs(alike(7, 7)) < 0.08
 
 
-def test_patch_filters_may_start_smooth() -> None:
-    """A patch of one colour is answered as loudly as without, one of noise hardly; what is drawn is the same."""
-    torch.manual_seed(0)
-    usual = tiny(embed_dim=1536, patch_size=8, img_size=32)
-    torch.manual_seed(0)
-    blurred = tiny(embed_dim=1536, patch_size=8, img_size=32, patch_embed_blur=0.25)
-    name = "patch_embed.proj.weight"
-    known, found = usual.state_dict(), blurred.state_dict()
-    assert all(torch.equal(found[other], known[other]) for other in known if other != name)
-
-    def loudness(model: VisionTransformer, patch: torch.Tensor) -> float:
-        filters = model.patch_embed.proj.weight.detach()
-        return torch.einsum("dcab,cab->d", filters, patch).std().item()
-
-    one_colour = torch.tensor([0.5, -1.0, 2.0])[:, None, None].expand(3, 8, 8)
-    assert loudness(blurred, one_colour) == pytest.approx(loudness(usual, one_colour), rel=0.06)
-    noise = torch.randn(3, 8, 8)
-    assert loudness(blurred, noise) < 0.3 * loudness(usual, noise)
-    rows = found[name].flatten(0, 1)  # [D * 3, 8, 8]
-
-    def alike(step: int) -> float:
-        return torch.corrcoef(torch.stack([rows[:, 2, 2], rows[:, 2, 2 + step]]))[0, 1].item()
-
-    assert alike(1) > alike(2) > alike(3) > alike(5) > -0.1
-    assert alike(2) == pytest.approx(math.exp(-(2**2) / (4 * 2**2)), abs=0.1)  # of two Gaussians of 2 pixels
-
-
 def test_linear_layers_may_keep_the_scale_of_what_goes_through_them() -> None:
     model = tiny(embed_dim=192, linear_init="lecun_normal")
     block = model.blocks[0]
