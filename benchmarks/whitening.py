@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dinocomp.build.evaluation import labelled_pair
 from dinocomp.build.model import build_networks
 from dinocomp.config import load_config
-from dinocomp.data import open_images
 from dinocomp.evaluate.features import Features, extract_features
 from dinocomp.evaluate.knn import knn_accuracy
 from dinocomp.evaluate.pixels import Thumbnails
@@ -42,21 +42,24 @@ def whiten(train: Tensor, val: Tensor, least: float) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="its output folder; its images need the splits train and val")
-    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("run", type=Path, help="its output folder")
+    parser.add_argument("--k", type=int, help="neighbours; default: the first of the run's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of random starts")
     given = parser.parse_args()
     teacher = load(given.run)
     config = load_config(str(given.run / "config.yaml")).config
-    images = [open_images(config.train.dataset_path, split=split) for split in ("train", "val")]
+    pair = labelled_pair(config)
+    if pair is None:
+        parser.error(f"{given.run}: k-NN needs labelled images to train on and held-out ones")
+    k, temperature = given.k or config.evaluation.knn_k[0], config.evaluation.knn_temperature
     resize, crop = teacher.view
     extract = partial(extract_features, resize=resize, crop=crop, normalize=teacher.transform.normalize, batch_size=256)
 
     def show(name: str, net: torch.nn.Module, least: float = 1e-4) -> None:
-        train, val = (extract(net.eval(), of_split) for of_split in images)
+        train, val = (extract(net.eval(), images) for images in (pair.train, pair.val))
         both = [(train.vectors, val.vectors), whiten(train.vectors, val.vectors, least)]
         raw, white = (
-            knn_accuracy(Features(a, train.labels), Features(b, val.labels), ks=[given.k], temperature=0.07)[given.k]
+            knn_accuracy(Features(a, train.labels), Features(b, val.labels), ks=[k], temperature=temperature)[k]
             for a, b in both
         )
         print(f"{name}: {100 * raw:.1f} %, whitened {100 * white:.1f} %", flush=True)

@@ -31,11 +31,12 @@ def test_every_row_is_a_run_and_no_two_are_alike(name: str) -> None:
     assert all(one != other for one, other in combinations(made, 2))
 
 
-def test_a_longer_run_is_evaluated_as_often() -> None:
-    path = str(Path(small_data.__file__).parent / "small_data" / "digits.yaml")
+@pytest.mark.parametrize("name", small_data.SETS)
+def test_a_longer_run_is_evaluated_as_often(name: str) -> None:
+    path = str(Path(small_data.__file__).parent / "small_data" / f"{name}.yaml")
     for row, epochs in (("small_data", 30), ("batch of 32, twice as long", 60)):
         once, longer = (
-            load_config(path, small_data.lengthened(small_data.ROWS[row].split(), times), Facts(1_438, 8)).config
+            load_config(path, small_data.lengthened(small_data.ROWS[row].split(), times), Facts(5_679, 64)).config
             for times in (1, 3)
         )
         assert longer.optim.epochs == 3 * once.optim.epochs == epochs

@@ -28,10 +28,12 @@ def test_a_run_is_compared_with_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run = tmp_path / "run"
-    assert not train.main([yaml_of_nothing(tmp_path), *words(run, evaluation__at_start="true")])
+    assert not train.main(
+        [yaml_of_nothing(tmp_path), *words(run, evaluation__at_start="true", evaluation__val_images=100)]
+    )
     evaluations = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
     measured = [line["knn_top1"]["5"] for line in evaluations]
-    monkeypatch.setattr(sys, "argv", ["whitening", str(run), "--k", "5"])
+    monkeypatch.setattr(sys, "argv", ["whitening", str(run)])
     capsys.readouterr()
     whitening.main()
     pixels, start, teacher = capsys.readouterr().out.splitlines()
