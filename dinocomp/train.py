@@ -227,6 +227,7 @@ def _finish_copies(run: "Run") -> list[str]:
 
 def summary(run: "Run") -> list[str]:
     """What a finished run leaves, and what its features are worth, in words."""
+    from dinocomp.callbacks.evaluation import label_free_words
     from dinocomp.evaluate.online import pixels_of
 
     lines = [f"teacher: {run.start.output / 'teacher.safetensors'}"]
@@ -248,7 +249,7 @@ def summary(run: "Run") -> list[str]:
             line += f"; raw pixels {pixels:.1%}"
         lines.append(line)
     elif found and found[-1].label_free:
-        shown = ", ".join(f"{name} {value:.3g}" for name, value in found[-1].label_free.items())
+        shown = label_free_words(found[-1].label_free, evaluation.measures.directions)
         lines.append(
             f"without labels: {shown}. For an accuracy give a labelled pair of images as "
             "evaluation.train_dataset_path and evaluation.val_dataset_path"

@@ -51,6 +51,7 @@ def build_measures(config: Config, start: Start, model: DINOv2, images: Images, 
         "skip_bad": config.data.on_bad_image == "skip",
     }
     knn = pixels = label_free = None
+    directions = 0
     if pair:
         knn, pixels = (
             partial(
@@ -65,13 +66,16 @@ def build_measures(config: Config, start: Start, model: DINOv2, images: Images, 
             for measure in (measure_knn, measure_pixels)
         )
     if evaluation.label_free == "always" or (evaluation.label_free == "auto" and not pair):
+        looked_at = pair.val if pair else images
+        directions = min(derive.architecture(config.student).embed_dim, len(looked_at), evaluation.label_free_images)
         label_free = partial(
             measure_label_free,
-            images=pair.val if pair else images,
+            images=looked_at,
             count=evaluation.label_free_images,
             views=evaluation.label_free_views,
             settings=crop_settings(config),
             resize=resize,
             **loading,
         )
-    return Measures(pair, knn, pixels, label_free, build_pictures(config, start, pair.val if pair else images))
+    pictures = build_pictures(config, start, pair.val if pair else images)
+    return Measures(pair, knn, pixels, label_free, directions, pictures)

@@ -17,6 +17,7 @@ from dinocomp.callbacks.stop import StopOnSignal
 from dinocomp.checkpoints.folder import BEST_TEACHER
 from dinocomp.distributed import on_rank_0
 from dinocomp.errors import WeightsError
+from dinocomp.evaluate.label_free import RANKS
 from dinocomp.evaluate.online import (
     Evaluated,
     LabelledPair,
@@ -42,6 +43,7 @@ class Measures:
         knn: of the teacher's backbone, k -> accuracy.
         pixels: the same of raw pixels, on that backbone's device; measured at iteration 0 alone.
         label_free: of the teacher's backbone, name -> value.
+        directions: how many an effective rank among them can be, so that it can be told from a low one.
         pictures: draws the teacher of an iteration.
     """
 
@@ -49,6 +51,7 @@ class Measures:
     knn: Callable[[torch.nn.Module], Mapping[int, float]] | None = None
     pixels: Callable[[torch.nn.Module], Mapping[int, float]] | None = None
     label_free: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
+    directions: int = 0
     pictures: Callable[[DINOv2, int, Logger], None] | None = None
 
 
@@ -212,7 +215,7 @@ class OnlineEvaluation(Callback):
         if evaluated.pixels:
             said.append(f"of raw pixels ({SIDE} x {SIDE}): {_by_k(evaluated.pixels)}")
         if evaluated.label_free:
-            shown = "  ".join(f"{name} {value:.3g}" for name, value in evaluated.label_free.items())
+            shown = label_free_words(evaluated.label_free, self.measures.directions)
             said.append(f"without labels, the teacher at iteration {evaluated.iteration}: {shown}")
         if said:
             log.info("%s (%.1f s)", "; ".join(said), evaluated.seconds)
@@ -250,6 +253,12 @@ class OnlineEvaluation(Callback):
 
 def _by_k(accuracies: Mapping[int, float]) -> str:
     return "  ".join(f"k={k} {value:.1%}" for k, value in accuracies.items())
+
+
+def label_free_words(values: Mapping[str, float], directions: int) -> str:
+    """Label-free measures in one line, effective ranks beside the most that they can be."""
+    most = dict.fromkeys(RANKS, f" of {directions}")
+    return ", ".join(f"{name} {value:.3g}{most.get(name, '')}" for name, value in values.items())
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from dinocomp.evaluate.choose import draw
 from dinocomp.evaluate.features import class_tokens, equal_passes
 from dinocomp.evaluate.views import AugmentedViews
 
+RANKS = ("rankme", "lidar")  # the measures that count directions
+
 
 def label_free_measures(views: Tensor) -> dict[str, float]:
     """All measures of one backbone.

@@ -63,11 +63,14 @@ def test_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = small_folder(tmp_path / "images", 20)
     settings = words(tmp_path / "run", train__dataset_path=images, optim__epochs=1, evaluation__label_free_images=16)
     assert main([yaml_of_nothing(tmp_path), *settings]) == 0
-    assert "without labels: rankme " in capsys.readouterr().out
+    said = capsys.readouterr().out
     (line,) = (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()
     found = json.loads(line)
     assert found["iteration"] == 4 and "knn_top1" not in found
-    assert 1 < found["label_free"]["rankme"] <= 16 and 0 <= found["label_free"]["neighbour_consistency"] <= 1
+    rank = found["label_free"]["rankme"]
+    assert f"without labels, the teacher at iteration 4: rankme {rank:.3g} of 16, lidar " in said
+    assert f"\nwithout labels: rankme {rank:.3g} of 16, lidar " in said, "and in the summary"
+    assert 1 < rank <= 16 and 0 <= found["label_free"]["neighbour_consistency"] <= 1
     assert not (tmp_path / "run" / BEST_TEACHER).exists()
 
 
