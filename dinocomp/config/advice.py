@@ -17,6 +17,8 @@ from dinocomp.config.derive import (
 from dinocomp.config.schema import Config
 
 _FEW_IMAGES = 100_000  # below which a run that begins as the reference's is warned
+# Images an iteration below which targets get poor. Sinkhorn-Knopp's learn from 32 as from 64 (docs/small-data.md).
+_FEW_IN_A_BATCH = {"centering": 64, "sinkhorn_knopp": 32}
 _SMALL_DATA = 200_000  # images up to which the recipe small_data is meant
 _SECTIONS = {"dino_head": "dino", "ibot_head": "ibot"}
 # From where on a short run feels them: blocks that contribute from the first step, positions beside patches.
@@ -74,12 +76,12 @@ def when_features_do_not_improve(config: Config, dataset_size: int | None = None
 
 
 def _batch(config: Config, world_size: int) -> Iterator[Advice]:
-    images = images_per_iteration(config, world_size)
-    if images < 64:
+    images, few = images_per_iteration(config, world_size), _FEW_IN_A_BATCH[config.train.centering]
+    if images < few:
         yield Advice(
             f"{images} images an iteration: targets and centres are estimated from too few images, "
             "and the loss often stays flat",
-            "raise train.batch_size_per_gpu or the number of GPUs to 64 images or more; "
+            f"raise train.batch_size_per_gpu or the number of GPUs to {few} images or more; "
             "otherwise watch the k-NN accuracy and lower optim.base_lr",
         )
     if config.performance.device_augment and config.train.device == "cpu":

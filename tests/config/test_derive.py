@@ -160,12 +160,20 @@ def test_a_sound_run_is_not_warned_about() -> None:
     words = ["recipes=[small_data]", "train.batch_size_per_gpu=64", "optim.epochs=10"]
     few = load_config("vits16", words, Facts(5_679, 64)).config
     assert warnings(few, 1, 5_679) == []
+    of_32 = load_config("vits16", [words[0], "train.batch_size_per_gpu=32", words[2]], Facts(5_679, 64)).config
+    assert warnings(of_32, 1, 5_679) == []
 
 
 @pytest.mark.parametrize(
     ("words", "size", "what", "remedy"),
     [
-        (["train.batch_size_per_gpu=32"], None, "32 images an iteration", "train.batch_size_per_gpu"),
+        (["train.batch_size_per_gpu=32"], None, "32 images an iteration", "64 images or more"),
+        (
+            ["train.batch_size_per_gpu=31", "train.centering=sinkhorn_knopp"],
+            None,
+            "31 images an iteration",
+            "32 images or more",
+        ),
         (["train.batch_size_per_gpu=1"], None, "KoLeo has no second image", "no_koleo"),
         (["train.microbatch_size=1"], None, "drop path of 0.3 is 0.5 of 2 global crops", "raise train.microbatch_size"),
         (["ibot.mask_sample_probability=0.001"], None, "no patch is ever masked", "0.0078"),
