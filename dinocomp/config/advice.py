@@ -55,8 +55,9 @@ def when_features_do_not_improve(config: Config, dataset_size: int | None = None
         dataset_size: training images; None where that is not known.
         world_size: training processes.
     """
-    student, words = config.student, []
+    student, koleo, words = config.student, config.dino.koleo_loss_weight, []
     small, centred = (dataset_size or 0) <= _SMALL_DATA, config.train.centering == "centering"
+    koleo_works = config.train.batch_size_per_gpu > 1 and precision(config, on_gpu=True) != "fp16"
     if config.MODEL.WEIGHTS or student.pretrained_weights:  # how a network starts is settled
         words += ["recipes=[sinkhorn]"] if centred else []
     elif small and (centred or _starts_as_the_reference(config)):
@@ -64,8 +65,9 @@ def when_features_do_not_improve(config: Config, dataset_size: int | None = None
     elif small:
         words += ["student.linear_init=lecun_normal"] if student.linear_init != "lecun_normal" else []
         words += ["student.pos_embed_std=2"] if student.pos_embed_std > _DROWNING_POSITIONS else []
-    lone, fp16 = config.train.batch_size_per_gpu == 1, precision(config, on_gpu=True) == "fp16"
-    if config.dino.koleo_loss_weight == 0 and not lone and not fp16:
+        if koleo and koleo_works:  # which weight is the better one depends on the images
+            words.append(f"dino.koleo_loss_weight={0.1 if koleo > 0.1 else 0.3}")
+    if koleo == 0 and koleo_works:
         words.append("dino.koleo_loss_weight=0.1")
     if 2 * (passes(config, world_size, dataset_size) if dataset_size else 0) <= _MANY_PASSES:
         words.append(f"optim.epochs={2 * config.optim.epochs} (twice as long, where it still rises)")
