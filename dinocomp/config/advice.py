@@ -17,7 +17,8 @@ from dinocomp.config.derive import (
 from dinocomp.config.schema import Config
 
 _FEW_IMAGES = 100_000  # below which a run that begins as the reference's is warned
-# Images an iteration below which targets get poor. Sinkhorn-Knopp's learn from 32 as from 64 (docs/small-data.md).
+# Images an iteration below which runs are warned. With Sinkhorn-Knopp small networks learnt from 32 as from 64, in as
+# many passes over the images (docs/small-data.md); fewer have not been tried.
 _FEW_IN_A_BATCH = {"centering": 64, "sinkhorn_knopp": 32}
 _SMALL_DATA = 200_000  # images up to which the recipe small_data is meant
 _SECTIONS = {"dino_head": "dino", "ibot_head": "ibot"}
@@ -57,20 +58,23 @@ def when_features_do_not_improve(config: Config, dataset_size: int | None = None
     """
     student, koleo, words = config.student, config.dino.koleo_loss_weight, []
     small, centred = (dataset_size or 0) <= _SMALL_DATA, config.train.centering == "centering"
-    koleo_works = config.train.batch_size_per_gpu > 1 and precision(config, on_gpu=True) != "fp16"
-    if config.MODEL.WEIGHTS or student.pretrained_weights:  # how a network starts is settled
+    from_weights = bool(config.MODEL.WEIGHTS or student.pretrained_weights)  # how a network starts is settled
+    begins_as_the_recipe = small and not (from_weights or centred or _starts_as_the_reference(config))
+    neighbours = config.train.batch_size_per_gpu * (world_size if config.dino.koleo_distributed else 1)
+    koleo_works = neighbours > 1 and precision(config, on_gpu=True) != "fp16"
+    if from_weights:
         words += ["recipes=[sinkhorn]"] if centred else []
-    elif small and (centred or _starts_as_the_reference(config)):
-        words.append("recipes=[small_data]")
-    elif small:
+    elif begins_as_the_recipe:
         words += ["student.linear_init=lecun_normal"] if student.linear_init != "lecun_normal" else []
         words += ["student.pos_embed_std=2"] if student.pos_embed_std > _DROWNING_POSITIONS else []
-        if koleo and koleo_works:  # which weight is the better one depends on the images
-            words.append(f"dino.koleo_loss_weight={0.1 if koleo > 0.1 else 0.3}")
+    elif small:
+        words.append("recipes=[small_data]")
     if koleo == 0 and koleo_works:
         words.append("dino.koleo_loss_weight=0.1")
     if 2 * (passes(config, world_size, dataset_size) if dataset_size else 0) <= _MANY_PASSES:
         words.append(f"optim.epochs={2 * config.optim.epochs} (twice as long, where it still rises)")
+    if koleo and koleo_works and begins_as_the_recipe:  # which weight is the better one depends on the images
+        words.append(f"dino.koleo_loss_weight={0.1 if koleo > 0.1 else 0.3}")
     rate = "optim.lr" if config.optim.lr > 0 else "optim.base_lr"
     if half := (config.optim.lr or config.optim.base_lr) / 2:
         words.append(f"{rate}={half:.3g} (half of it)")
@@ -81,8 +85,7 @@ def _batch(config: Config, world_size: int) -> Iterator[Advice]:
     images, few = images_per_iteration(config, world_size), _FEW_IN_A_BATCH[config.train.centering]
     if images < few:
         yield Advice(
-            f"{images} images an iteration: targets and centres are estimated from too few images, "
-            "and the loss often stays flat",
+            f"{images} images an iteration: targets are estimated from too few images, and the loss often stays flat",
             f"raise train.batch_size_per_gpu or the number of GPUs to {few} images or more; "
             "otherwise watch the k-NN accuracy and lower optim.base_lr",
         )

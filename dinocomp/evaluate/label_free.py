@@ -27,7 +27,8 @@ def label_free_measures(views: Tensor) -> dict[str, float]:
         views: [n, 1 + V, D], features of n images: of the plain image, then of V augmented views of it.
 
     Returns:
-        `rankme`, `lidar` (of at most D directions both) and `neighbour_consistency` (of at most 1).
+        `rankme` (of at most min(n, D) directions), `lidar` (of at most min(n - 1, D)) and `neighbour_consistency`
+        (of at most 1).
     """
     return {
         "rankme": rankme(views[:, 0]),

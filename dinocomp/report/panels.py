@@ -67,8 +67,9 @@ PANELS = (
         "rank",
         "Effective rank",
         ("label_free/rankme", "label_free/lidar"),
-        "Directions that the features make use of, measured without labels: of their width at most. Where RankMe stays "
-        "below a third of it, features tell little apart; LiDAR may be high all the same.",
+        "Directions that the features make use of, measured without labels: at most their width, or the images looked "
+        "at where these are fewer. Where RankMe stays below a third of that, features tell little apart; LiDAR may be "
+        "high all the same.",
         rare=True,
     ),
     Panel(

@@ -216,24 +216,24 @@ SMALL += ("student.linear_init=lecun_normal",)
     ("words", "advice"),
     [
         ((), "recipes=[small_data], LONGER, optim.base_lr=0.002 (half of it)"),
-        (SMALL, "dino.koleo_loss_weight=0.3, LONGER, optim.base_lr=0.002 (half of it)"),
+        (SMALL, "LONGER, dino.koleo_loss_weight=0.3, optim.base_lr=0.002 (half of it)"),
         (
             (*SMALL, "dino.koleo_loss_weight=0.3"),
-            "dino.koleo_loss_weight=0.1, LONGER, optim.base_lr=0.002 (half of it)",
+            "LONGER, dino.koleo_loss_weight=0.1, optim.base_lr=0.002 (half of it)",
         ),
-        ((*SMALL, "optim.lr=0.001"), "dino.koleo_loss_weight=0.3, LONGER, optim.lr=0.0005 (half of it)"),
+        ((*SMALL, "optim.lr=0.001"), "LONGER, dino.koleo_loss_weight=0.3, optim.lr=0.0005 (half of it)"),
         ((*SMALL, "train.centering=centering"), "recipes=[small_data], LONGER, optim.base_lr=0.002 (half of it)"),
         ((*SMALL, "student.layerscale=1e-5"), "recipes=[small_data], LONGER, optim.base_lr=0.002 (half of it)"),
-        ((*SMALL, "student.layerscale=0.1"), "dino.koleo_loss_weight=0.3, LONGER, optim.base_lr=0.002 (half of it)"),
-        ((*SMALL, "student.layerscale=0"), "dino.koleo_loss_weight=0.3, LONGER, optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.layerscale=0.1"), "LONGER, dino.koleo_loss_weight=0.3, optim.base_lr=0.002 (half of it)"),
+        ((*SMALL, "student.layerscale=0"), "LONGER, dino.koleo_loss_weight=0.3, optim.base_lr=0.002 (half of it)"),
         ((*SMALL, "student.pos_embed_std=0.02"), "recipes=[small_data], LONGER, optim.base_lr=0.002 (half of it)"),
         (
             (*SMALL, "student.pos_embed_std=100"),
-            "student.pos_embed_std=2, dino.koleo_loss_weight=0.3, LONGER, optim.base_lr=0.002 (half of it)",
+            "student.pos_embed_std=2, LONGER, dino.koleo_loss_weight=0.3, optim.base_lr=0.002 (half of it)",
         ),
         (
             (*SMALL, "student.linear_init=normal_0.02"),
-            "student.linear_init=lecun_normal, dino.koleo_loss_weight=0.3, LONGER, optim.base_lr=0.002 (half of it)",
+            "student.linear_init=lecun_normal, LONGER, dino.koleo_loss_weight=0.3, optim.base_lr=0.002 (half of it)",
         ),
         (
             (*SMALL, "dino.koleo_loss_weight=0"),
@@ -261,7 +261,8 @@ def test_what_to_change_where_features_do_not_improve(words: tuple[str, ...], ad
     assert "small_data" not in when_features_do_not_improve(made(*given.values()), 1_281_167), "made for few images"
 
 
-def test_koleo_is_no_help_to_one_image_at_a_time() -> None:
+def test_koleo_is_no_help_where_an_image_has_no_second_one() -> None:
     for weight in (0, 0.1):
         words = [*SMALL, "train.batch_size_per_gpu=1", f"dino.koleo_loss_weight={weight}"]
-        assert "koleo" not in when_features_do_not_improve(made(*words), 5_679)
+        assert "koleo" not in when_features_do_not_improve(made(*words), 5_679, 2)
+        assert "koleo" in when_features_do_not_improve(made(*words, "dino.koleo_distributed=true"), 5_679, 2)
