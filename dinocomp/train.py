@@ -227,7 +227,7 @@ def _finish_copies(run: "Run") -> list[str]:
 
 def summary(run: "Run") -> list[str]:
     """What a finished run leaves, and what its features are worth, in words."""
-    from dinocomp.callbacks.evaluation import label_free_words
+    from dinocomp.evaluate.label_free import label_free_words
     from dinocomp.evaluate.online import pixels_of
 
     lines = [f"teacher: {run.start.output / 'teacher.safetensors'}"]

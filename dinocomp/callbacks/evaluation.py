@@ -17,7 +17,7 @@ from dinocomp.callbacks.stop import StopOnSignal
 from dinocomp.checkpoints.folder import BEST_TEACHER
 from dinocomp.distributed import on_rank_0
 from dinocomp.errors import WeightsError
-from dinocomp.evaluate.label_free import RANKS
+from dinocomp.evaluate.label_free import label_free_words
 from dinocomp.evaluate.online import (
     Evaluated,
     LabelledPair,
@@ -253,12 +253,6 @@ class OnlineEvaluation(Callback):
 
 def _by_k(accuracies: Mapping[int, float]) -> str:
     return "  ".join(f"k={k} {value:.1%}" for k, value in accuracies.items())
-
-
-def label_free_words(values: Mapping[str, float], directions: int) -> str:
-    """Label-free measures in one line, effective ranks beside the most that they can be."""
-    most = dict.fromkeys(RANKS, f" of {directions}")
-    return ", ".join(f"{name} {value:.3g}{most.get(name, '')}" for name, value in values.items())
 
 
 @contextmanager

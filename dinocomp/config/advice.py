@@ -60,8 +60,7 @@ def when_features_do_not_improve(config: Config, dataset_size: int | None = None
     small, centred = (dataset_size or 0) <= _SMALL_DATA, config.train.centering == "centering"
     from_weights = bool(config.MODEL.WEIGHTS or student.pretrained_weights)  # how a network starts is settled
     begins_as_the_recipe = small and not (from_weights or centred or _starts_as_the_reference(config))
-    neighbours = config.train.batch_size_per_gpu * (world_size if config.dino.koleo_distributed else 1)
-    koleo_works = neighbours > 1 and precision(config, on_gpu=True) != "fp16"
+    koleo_works = _koleo_images(config, world_size) > 1 and precision(config, on_gpu=True) != "fp16"
     if from_weights:
         words += ["recipes=[sinkhorn]"] if centred else []
     elif begins_as_the_recipe:
@@ -81,6 +80,11 @@ def when_features_do_not_improve(config: Config, dataset_size: int | None = None
     return f"try in a new train.output_dir, one after the other: {', '.join(words)}"
 
 
+def _koleo_images(config: Config, world_size: int) -> int:
+    """Among how many images KoLeo looks for the nearest one."""
+    return config.train.batch_size_per_gpu * (world_size if config.dino.koleo_distributed else 1)
+
+
 def _batch(config: Config, world_size: int) -> Iterator[Advice]:
     images, few = images_per_iteration(config, world_size), _FEW_IN_A_BATCH[config.train.centering]
     if images < few:
@@ -94,7 +98,7 @@ def _batch(config: Config, world_size: int) -> Iterator[Advice]:
             "performance.device_augment changes colours on the cores that train, more slowly than data workers do",
             "type performance.device_augment=false on a CPU",
         )
-    if config.train.batch_size_per_gpu == 1 and config.dino.koleo_loss_weight > 0:
+    if _koleo_images(config, world_size) == 1 and config.dino.koleo_loss_weight > 0:
         yield Advice(
             "one image on each process: KoLeo has no second image to keep it away from",
             "type train.batch_size_per_gpu=2 or more, or recipes=[no_koleo]",

@@ -5,6 +5,7 @@ when features collapse, and neighbours that change with the crop say that featur
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,6 @@ from dinocomp.data import CropSettings, Images
 from dinocomp.evaluate.choose import draw
 from dinocomp.evaluate.features import class_tokens, equal_passes
 from dinocomp.evaluate.views import AugmentedViews
-
-RANKS = ("rankme", "lidar")  # the measures that count directions
 
 
 def label_free_measures(views: Tensor) -> dict[str, float]:
@@ -35,6 +34,12 @@ def label_free_measures(views: Tensor) -> dict[str, float]:
         "lidar": lidar(views[:, 1:]),
         "neighbour_consistency": neighbour_consistency(views),
     }
+
+
+def label_free_words(values: Mapping[str, float], directions: int) -> str:
+    """Label-free measures in one line, effective ranks beside the most that they can be."""
+    most = dict.fromkeys(("rankme", "lidar"), f" of {directions}")
+    return ", ".join(f"{name} {value:.3g}{most.get(name, '')}" for name, value in values.items())
 
 
 def rankme(features: Tensor) -> float:

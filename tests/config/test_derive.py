@@ -265,4 +265,6 @@ def test_koleo_is_no_help_where_an_image_has_no_second_one() -> None:
     for weight in (0, 0.1):
         words = [*SMALL, "train.batch_size_per_gpu=1", f"dino.koleo_loss_weight={weight}"]
         assert "koleo" not in when_features_do_not_improve(made(*words), 5_679, 2)
-        assert "koleo" in when_features_do_not_improve(made(*words, "dino.koleo_distributed=true"), 5_679, 2)
+        across = made(*words, "dino.koleo_distributed=true")
+        assert "koleo" in when_features_do_not_improve(across, 5_679, 2)
+        assert not any("second image" in advice.what for advice in warnings(across, 2, 5_679))
